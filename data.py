@@ -1,0 +1,472 @@
+"""Digits and canvases: IDX files -> uint8 digits -> canvases with a label for every cell -> model input, and back.
+
+    images, labels = load_mnist("data/mnist", "train")          # uint8 (60000, 28, 28), int64 (60000,)
+    generator = torch.Generator().manual_seed(0)
+    canvas, label = canvases(3, images, labels, 256, generator)  # uint8 (256, 64, 64), int64 (256, 8, 8)
+    inputs = to_input(canvas)                                    # float (256, 1, 64, 64)
+    readings = read(model(inputs))                               # [[(digit, row, column, confidence), ...], ...]
+
+One idea carries all three phases: a canvas is a grid of cells, and each cell has one label. The table PHASES says
+what a phase is. Everything is tensor code, on whatever device the digits are on.
+"""
+import gzip
+import hashlib
+import http.client
+import math
+import os
+import struct
+import sys
+import tempfile
+import urllib.request
+import zlib
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+FRAME = 28  # px, side of a digit image
+
+# ---------------------------------------------------------------------------------------------------------------------
+# IDX files (http://yann.lecun.com/exdb/mnist/): 0, 0, type code, number of dimensions, the dimensions as big-endian
+# 32-bit numbers, then the values, big-endian, last dimension fastest.
+
+IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+
+def load_idx(path, max_bytes=2**30):
+    """The array in an IDX file, raw or gzip (told apart by content), in native byte order.
+
+    No more than `max_bytes` of values are unpacked, and never more memory is taken than the file really fills.
+    Raises ValueError, with the file's name and what is wrong, for anything that is not exactly one IDX array.
+    """
+    def wrong(what):
+        return ValueError(f"{path}: {what}")
+
+    try:
+        with open(path, "rb") as raw:
+            packed = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            file = gzip.GzipFile(fileobj=raw) if packed else raw
+            magic = file.read(4)
+            if len(magic) < 4 or magic[:2] != b"\0\0":
+                raise wrong(f"not an IDX file: it starts with {magic!r}, not with two zero bytes, a type and a rank")
+            if magic[2] not in IDX_TYPES:
+                raise wrong(f"unknown IDX type code 0x{magic[2]:02x}")
+            if not 1 <= magic[3] <= 64:
+                raise wrong(f"an IDX array has 1 to 64 dimensions, not {magic[3]}")
+            header = file.read(4 * magic[3])
+            if len(header) < 4 * magic[3]:
+                raise wrong("too short: it ends within its header")
+            shape = struct.unpack(f">{magic[3]}I", header)
+            dtype = np.dtype(IDX_TYPES[magic[2]])
+            expected = math.prod(shape) * dtype.itemsize
+            if expected > max_bytes:
+                raise wrong(f"its header promises {expected:,} bytes, more than max_bytes={max_bytes:,}")
+            values = bytearray()
+            while chunk := file.read(min(2**20, expected + 1 - len(values))):  # one byte more, to notice what is over
+                values += chunk
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise wrong(f"corrupt gzip: {error}") from None
+    if len(values) != expected:
+        raise wrong(f"too {'short' if len(values) < expected else 'long'}: "
+                    f"its header promises {expected:,} bytes of values for shape {shape}")
+    try:
+        return np.frombuffer(values, dtype).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
+    except ValueError as error:  # more dimensions, or larger ones, than this numpy has
+        raise wrong(error) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MNIST, or any data set of the same four names
+
+MIRRORS = ["https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"]
+MD5 = {"train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+       "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+       "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+       "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c"}
+SPLITS = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+          "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}
+
+
+def load_mnist(data_dir, split):
+    """Split "train" or "test" from the IDX files in a folder: uint8 (N, 28, 28) images, int64 (N,) labels.
+
+    Each file may be raw or .gz, and be spelt with .idx in place of -idx. Files that are absent are downloaded.
+    Raises ValueError for files that are not such a data set, OSError where there is none and no mirror gives it.
+    """
+    image_path, label_path = (find_file(Path(data_dir), name) or download(Path(data_dir), name + ".gz")
+                              for name in SPLITS[split])
+    images, labels = load_idx(image_path), load_idx(label_path)
+    if images.dtype != np.uint8 or images.shape[1:] != (FRAME, FRAME) or len(images) == 0:
+        raise ValueError(f"{image_path}: expected uint8 images (N, {FRAME}, {FRAME}), got {images.dtype} {images.shape}")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"{label_path}: expected one label for each of {len(images)} images, got shape {labels.shape}")
+    if labels.dtype.kind == "f" or labels.min() < 0 or labels.max() > 255:
+        raise ValueError(f"{label_path}: expected class numbers from 0 to 255, "
+                         f"got {labels.dtype} from {labels.min()} to {labels.max()}")
+    return torch.from_numpy(images), torch.from_numpy(labels).long()
+
+
+def find_file(data_dir, name):
+    spellings = [name, name + ".gz", name.replace("-idx", ".idx"), name.replace("-idx", ".idx") + ".gz"]
+    return next((data_dir / spelling for spelling in spellings if (data_dir / spelling).exists()), None)
+
+
+def download(data_dir, name, timeout=10):
+    """Fetch a file of MNIST from the first mirror that has the right one; its path. Raises OSError if none has.
+
+    It is written beside, checked and renamed: a file under its own name is always whole and right.
+    """
+    data_dir.mkdir(parents=True, exist_ok=True)
+    failures = []
+    for mirror in MIRRORS:
+        handle, part = tempfile.mkstemp(prefix=name + ".", suffix=".part", dir=data_dir)
+        try:
+            with os.fdopen(handle, "wb") as file, urllib.request.urlopen(mirror + name, timeout=timeout) as response:
+                size, done, digest = int(response.headers.get("Content-Length") or 0), 0, hashlib.md5()
+                while chunk := response.read(2**16):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    done += len(chunk)
+                    print(f"\rdownloading {mirror + name}: {done / 1e6:.1f} of {size / 1e6:.1f} MB", end="", file=sys.stderr)
+                    if done > 2**26:
+                        raise ValueError("it goes on past 64 MB")
+                print(file=sys.stderr)
+            if digest.hexdigest() != MD5[name]:
+                raise ValueError(f"{done} bytes with MD5 {digest.hexdigest()}, expected {MD5[name]}")
+            os.chmod(part, 0o644)  # mkstemp makes files that only their owner may read
+            os.replace(part, data_dir / name)
+            return data_dir / name
+        except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
+            failures.append(f"{mirror + name}: {error}")
+            print(f"download failed: {failures[-1]}", file=sys.stderr)
+        finally:
+            Path(part).unlink(missing_ok=True)
+    raise OSError(f"no {name.removesuffix('.gz')} in {data_dir} and no mirror gave it ({'; '.join(failures)})")
+
+
+def load_digits(data, data_dir, split):
+    """Images, labels and their kind, "mnist" or "drawn". `data` is "mnist", "drawn", or "auto": MNIST where there is
+    any, else digits that the program draws itself, and says so."""
+    if data != "drawn":
+        try:
+            return *load_mnist(data_dir, split), "mnist"
+        except OSError as error:
+            if data == "mnist":
+                raise
+            print(f"\n*** No MNIST: {error}\n*** Going on with digits drawn by the program itself. Every figure of this run"
+                  ' is marked "drawn" and says nothing about MNIST.\n', file=sys.stderr)
+    n, seed = {"train": (60_000, 0), "test": (10_000, 1)}[split]
+    return *drawn_digits(n, seed), "drawn"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Digits drawn by the program itself: strokes (x right, y down), each a smooth curve through its control points.
+# A point given twice makes a corner.
+
+STROKES = {
+    0: [[(.55, 0), (.2, .12), (.08, .5), (.22, .9), (.5, 1), (.8, .88), (.92, .5), (.8, .12), (.5, 0)]],
+    1: [[(.5, 0), (.5, .33), (.5, .67), (.5, 1)]],
+    2: [[(.1, .25), (.25, .05), (.55, 0), (.82, .15), (.8, .4), (.5, .7), (.1, 1), (.1, 1), (.5, .98), (.95, 1)]],
+    3: [[(.12, .12), (.4, 0), (.75, .08), (.8, .28), (.6, .45), (.35, .48), (.35, .48), (.7, .54), (.88, .75), (.7, .96), (.4, 1), (.08, .88)]],
+    4: [[(.3, 0), (.2, .3), (.1, .6), (.1, .6), (.5, .6), (.95, .57)], [(.75, .05), (.72, .4), (.7, .7), (.68, 1)]],
+    5: [[(.85, 0), (.5, .01), (.2, .02), (.2, .02), (.15, .25), (.13, .45), (.13, .45), (.5, .38), (.85, .55), (.85, .82), (.5, 1), (.1, .93)]],
+    6: [[(.7, 0), (.4, .2), (.18, .5), (.15, .8), (.4, 1), (.7, .95), (.82, .75), (.65, .55), (.4, .57), (.18, .75)]],
+    7: [[(.08, .03), (.5, .03), (.9, 0), (.9, 0), (.7, .35), (.5, .7), (.4, 1)]],
+    8: [[(.6, .48), (.25, .3), (.3, .05), (.6, 0), (.82, .15), (.7, .38), (.4, .55), (.15, .78), (.3, .97), (.6, 1), (.83, .82), (.75, .6), (.5, .45)]],
+    9: [[(.82, .22), (.6, .02), (.3, .05), (.15, .28), (.3, .48), (.6, .45), (.82, .22), (.82, .22), (.8, .5), (.72, .75), (.62, 1)]],
+}
+STROKE_POINTS = 80  # points along the strokes of a digit, evenly spread
+
+
+def stroke_weights():
+    """Weights (10, STROKE_POINTS, P) that carry a digit's control points to points along its strokes, and the control
+    points (10, P, 2), padded to P. The curves are linear in their control points, so all digits are one product."""
+    most = max(sum(map(len, strokes)) for strokes in STROKES.values())
+    weights, controls = np.zeros((10, STROKE_POINTS, most)), np.zeros((10, most, 2))
+    for digit, strokes in STROKES.items():
+        points = np.concatenate(strokes)
+        dense, pieces, first = [], [], 0
+        for stroke in strokes:
+            ends = np.eye(most)[first:first + len(stroke)]
+            p0, p1, p2, p3 = (np.pad(ends, ((1, 1), (0, 0)), "edge")[i:i + len(stroke) - 1, None] for i in range(4))
+            t = np.linspace(0, 1, 32)[None, :, None]  # Catmull-Rom: a cubic from each control point to the next
+            curve = (2*p1 + (p2 - p0)*t + (2*p0 - 5*p1 + 4*p2 - p3)*t**2 + (3*p1 - p0 - 3*p2 + p3)*t**3) / 2
+            curve = curve.reshape(-1, most)
+            path = curve[:, :len(points)] @ points
+            dense.append(curve)
+            pieces.append(np.concatenate(([0], np.hypot(*np.diff(path, axis=0).T))))  # the pen jumps between strokes
+            first += len(stroke)
+        dense, length = np.concatenate(dense), np.cumsum(np.concatenate(pieces))
+        even = np.linspace(0, length[-1], STROKE_POINTS)
+        weights[digit] = dense[np.searchsorted(length, even).clip(0, len(dense) - 1)]
+        controls[digit, :len(points)] = points
+    return torch.from_numpy(weights).float(), torch.from_numpy(controls).float()
+
+
+def drawn_digits(n, seed):
+    """n digits drawn by the program itself, of random class, shape, slant, size and pen, laid out as MNIST's are (ink
+    in 20 x 20 px, its centre of mass in the middle of the frame): uint8 (n, 28, 28), int64 (n,)."""
+    generator = torch.Generator().manual_seed(seed)
+    weights, controls = stroke_weights()
+    labels = torch.randint(10, (n,), generator=generator)
+    images = torch.empty(n, FRAME, FRAME, dtype=torch.uint8)
+    for part in torch.arange(n).split(1000):  # small enough for the cache
+        def uniform(low, high, *shape):
+            return low + (high - low) * torch.rand(len(part), *shape, generator=generator)
+        points = controls[labels[part]]
+        points = weights[labels[part]] @ (points + uniform(-.05, .05, *points.shape[1:]))        # (n, points, 2)
+        turn, slant, aspect = uniform(-.2, .2), uniform(-.1, .4), uniform(.6, 1)
+        x, y = (points - .5).unbind(-1)
+        x = x * aspect[:, None] - y * slant[:, None]
+        x, y = x * turn.cos()[:, None] - y * turn.sin()[:, None], x * turn.sin()[:, None] + y * turn.cos()[:, None]
+        points = torch.stack((x, y), dim=-1)
+        # The pen is a Gaussian of width sigma; ink shows where it is above 0.15, which is 1.95 sigma from the stroke.
+        sigma, side = uniform(.75, 1.35, 1, 1), uniform(17.5, 19.9, 1, 1)
+        extent = (points.amax(1) - points.amin(1)).amax(1)[:, None, None]
+        points = points * (side - 2 * 1.95 * sigma) / extent                                     # px
+        points = points - points.mean(1, keepdim=True) + (FRAME - 1) / 2
+        step = (points[:, 1:] - points[:, :-1]).norm(dim=-1).mean(1)[:, None, None]
+        pixels = torch.arange(FRAME)
+        x, y = (torch.exp(-((points[..., i, None] - pixels) / sigma) ** 2 / 2) for i in (0, 1))  # (n, points, 28)
+        pen = y.mT @ x * step / (sigma * math.sqrt(2 * math.pi))  # a straight stroke's middle is 1
+        images[part] = ((pen - .15) / .45).clamp(0, 1).mul(255).round().byte()
+    return images, labels
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Augmentation, for training only
+
+def augment(images, generator, rotate=0.0, scale=0.0, shear=0.0, shift=0.0, side=FRAME):
+    """Each digit turned by up to `rotate` degrees, scaled and sheared by up to those shares, moved by up to `shift` px.
+
+    images: uint8 (n, 28, 28), and the same comes back. A digit whose ink would grow past `side` px, or leave the
+    frame, is scaled down or moved back until it does not.
+    """
+    n, device = len(images), images.device
+
+    def uniform(limit, *shape):
+        return (torch.rand(n, *shape, generator=generator, device=device) * 2 - 1) * limit
+
+    angle, size, lean = uniform(math.radians(rotate)), 1 + uniform(scale, 2), uniform(shear)
+    cos, sin = angle.cos(), angle.sin()
+    # Rows of the matrix that carries a source point (x, y), px from the middle of the frame, to where it is drawn.
+    matrix = torch.stack((torch.stack((cos, lean * cos - sin), -1), torch.stack((sin, lean * sin + cos), -1)), 1)
+    matrix = matrix * size[:, :, None]                                          # (n, 2, 2)
+    # How far the ink will reach: its outline is where each row's ink begins and ends, and bilinear interpolation
+    # spreads a pixel by less than one source pixel each way.
+    ink = images > 0
+    row_has_ink = ink.any(2)
+    begin = ink.byte().argmax(2)
+    end = FRAME - 1 - ink.flip(2).byte().argmax(2)
+    x = torch.cat((begin, end), 1) - (FRAME - 1) / 2                            # (n, 56)
+    y = torch.arange(FRAME, device=device).repeat(2) - (FRAME - 1) / 2          # (56,)
+    outline = matrix[:, :, :1] * x[:, None] + matrix[:, :, 1:] * y              # (n, 2, 56)
+    blank = ~row_has_ink.repeat(1, 2)[:, None]
+    spread = matrix.abs().sum(2)                                                # (n, 2)
+    low = outline.masked_fill(blank, math.inf).amin(2) - spread
+    high = outline.masked_fill(blank, -math.inf).amax(2) + spread
+    shrink = (side / (high - low).amax(1)).clamp(max=1)
+    matrix, low, high = matrix * shrink[:, None, None], low * shrink[:, None], high * shrink[:, None]
+    move = torch.minimum(torch.maximum(uniform(shift, 2), -FRAME / 2 - low), FRAME / 2 - high)
+    # grid_sample asks the other way about: for each pixel drawn, where in the source it comes from, in half frames.
+    inverse = torch.linalg.inv(matrix)
+    theta = torch.cat((inverse, -inverse @ move[:, :, None] / (FRAME / 2)), dim=2)
+    grid = F.affine_grid(theta, [n, 1, FRAME, FRAME], align_corners=False)
+    drawn = F.grid_sample(images[:, None].float(), grid, align_corners=False)[:, 0]
+    return drawn.round().byte()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Canvases
+
+class Phase(NamedTuple):
+    size: int                   # px, side of the canvas
+    cell: int                   # px, side of a cell
+    max_digits: Optional[int]   # 0 to so many digits anywhere, the rest empty; None: a digit in every cell
+    test_canvases: Optional[int]  # size of the test set; None: every test digit once, in order
+
+
+PHASES = {1: Phase(size=28, cell=28, max_digits=None, test_canvases=None),
+          2: Phase(size=56, cell=28, max_digits=None, test_canvases=10_000),
+          3: Phase(size=64, cell=8, max_digits=5, test_canvases=10_000)}
+
+
+def has_empty_cells(phase):
+    """Whether cells may be empty: "empty" is then the class after those of the digits."""
+    return PHASES[phase].max_digits is not None
+
+
+def ink_box(images):
+    """The box around the ink (pixels above 0) of images (n, h, w): top, left, height, width, each (n,), px."""
+    ink = images > 0
+    edges = []
+    for lines in (ink.any(2), ink.any(1)):
+        first = lines.byte().argmax(1)
+        edges += [first, lines.shape[1] - lines.flip(1).byte().argmax(1) - first]
+    top, height, left, width = edges
+    return top, left, height, width
+
+
+def canvas_options(phase, images, labels, size=None, max_digits=None, min_distance=None, classes=None, ink=None):
+    """The options of `canvases` with their defaults filled in from the phase and the digits, and checked.
+
+    size: px, side of the canvas. classes: number of digit classes. Where a phase has empty cells also max_digits,
+    min_distance: px between two digits' centres along x or y, whichever is more, and ink: px, the largest side of a
+    digit's ink box. Raises ValueError for what cannot be drawn.
+    """
+    if phase not in PHASES:
+        raise ValueError(f"phase must be one of {', '.join(map(str, PHASES))}, not {phase!r}")
+    spec = PHASES[phase]
+    size = spec.size if size is None else size
+    if size < 1 or size % spec.cell:
+        raise ValueError(f"canvas size {size} is not a multiple of phase {phase}'s cell of {spec.cell} px")
+    classes = int(labels.max()) + 1 if classes is None else classes
+    if not has_empty_cells(phase):
+        if max_digits is not None or min_distance is not None:
+            raise ValueError(f"phase {phase} has a digit in every cell: max_digits and min_distance do not apply")
+        return {"size": size, "classes": classes}
+    if ink is None:
+        _, _, height, width = ink_box(images)
+        if not images.flatten(1).any(1).all():
+            raise ValueError("a digit image is all zero: it has no ink whose centre could be found")
+        ink = max(int(height.max()), int(width.max()))
+    max_digits = spec.max_digits if max_digits is None else max_digits
+    min_distance = max(ink, spec.cell) if min_distance is None else min_distance
+    if min_distance < spec.cell:
+        raise ValueError(f"min_distance {min_distance} is below the cell of {spec.cell} px: two digits could share a cell")
+    lines = lattice_lines(size, ink, min_distance)
+    if not 1 <= max_digits <= lines**2:
+        raise ValueError(f"max_digits must be from 1 to {lines**2}, which is what surely fits on a canvas of {size} px "
+                         f"with centres {min_distance} px apart and ink up to {ink} px wide, not {max_digits}")
+    return {"size": size, "classes": classes, "max_digits": max_digits, "min_distance": min_distance, "ink": ink}
+
+
+def canvases(phase, images, labels, n, generator, augmentation=None, **options):
+    """n canvases of a phase, with digits drawn uniformly from uint8 (N, 28, 28) images and int64 (N,) labels.
+
+    generator: on the device of the images. augmentation: keywords of `augment`, or None. options: see `canvas_options`;
+    pass its result to leave nothing to be worked out (and, on a GPU, waited for) at each call.
+    Returns uint8 (n, H, W) canvases and int64 (n, gh, gw) cell labels, where the class after the last is "empty".
+    """
+    options = canvas_options(phase, images, labels, **options)
+    layout = scattered if has_empty_cells(phase) else in_every_cell
+    return layout(PHASES[phase].cell, images, labels, n, generator, augmentation, **options)
+
+
+def pick(images, labels, n, generator, augmentation, side=FRAME):
+    """n digits drawn uniformly, augmented: (n, 28, 28), (n,)."""
+    chosen = torch.randint(len(images), (n,), generator=generator, device=images.device)
+    images = images[chosen]
+    return images if augmentation is None else augment(images, generator, side=side, **augmentation), labels[chosen]
+
+
+def in_every_cell(cell, images, labels, n, generator, augmentation, size, classes):
+    """A digit in every cell, its frame on the cell."""
+    grid = size // cell
+    digits, digit_labels = pick(images, labels, n * grid * grid, generator, augmentation)
+    canvas = digits.view(n, grid, grid, cell, cell).transpose(2, 3).reshape(n, size, size)
+    return canvas, digit_labels.view(n, grid, grid)
+
+
+def scattered(cell, images, labels, n, generator, augmentation, size, classes, max_digits, min_distance, ink):
+    """0 to max_digits digits anywhere; the cell that holds the centre of a digit's ink box has its label."""
+    device, grid = images.device, size // cell
+    digits, digit_labels = pick(images, labels, n * max_digits, generator, augmentation, side=ink)
+    count = torch.randint(max_digits + 1, (n, 1), generator=generator, device=device)
+    present = torch.arange(max_digits, device=device) < count                              # (n, max_digits)
+    top, left, height, width = (edge.view(n, max_digits) for edge in ink_box(digits))
+    box = torch.stack((height, width), dim=-1)                                             # (n, max_digits, 2)
+    centre = place(box, present, size, min_distance, ink, generator)                       # the same, in half px
+    corner = (centre - box) // 2 - torch.stack((top, left), dim=-1)                        # px, of the frame
+    canvas = paste(digits.view(n, max_digits, FRAME, FRAME) * present[..., None, None], corner, size)
+    # What is not there is written to one cell too many, which is cut off.
+    row, column = (centre // (2 * cell)).unbind(-1)
+    where = torch.where(present, row * grid + column, grid * grid)
+    cells = torch.full((n, grid * grid + 1), classes, device=device)
+    cells.scatter_(1, where, digit_labels.view(n, max_digits))
+    return canvas, cells[:, :-1].view(n, grid, grid)
+
+
+def lattice_lines(size, ink, min_distance):
+    """Lines of a square lattice that fit along a side of the canvas, whatever the sides of the digits' ink. Half a px
+    more than min_distance, because the centre of an odd side lies on a half px and of an even one does not."""
+    return 0 if size < ink else (2 * (size - ink)) // (2 * min_distance + 1) + 1
+
+
+def place(box, present, size, min_distance, ink, generator, sweeps=3, tries=32):
+    """Centres (n, k, 2) for ink boxes (n, k, 2), in half px, uniform over all layouts that keep min_distance.
+
+    Placing digits one after the other gets stuck: at five on 64 px about half the time. So every canvas starts from a
+    jittered lattice, which always fits, and then each digit in turn moves to a new place, uniform among those that the
+    others leave free (Gibbs sampling, whose limit is the uniform distribution; after three sweeps no difference can be
+    measured). A digit that finds no free place in `tries` draws stays where it is, which changes nothing about that.
+    """
+    n, k, _ = box.shape
+    device, apart, lines = box.device, 2 * min_distance, lattice_lines(size, ink, min_distance)
+
+    def below(limit, *shape):  # whole numbers from 0 to limit - 1
+        return (torch.rand(n, *shape, generator=generator, device=device) * limit).long()
+
+    slack = 2 * (size - ink) - (lines - 1) * (apart + 1)
+    site = torch.rand(n, lines * lines, generator=generator, device=device).argsort(dim=1, stable=True)[:, :k]
+    row, column = site // lines, site % lines
+    row_jitter = below(slack + 1, lines).sort(1).values                     # (n, lines)
+    column_jitter = below(slack + 1, lines, lines).sort(2).values           # (n, lines, lines): its own in every row
+    jitter = torch.stack((row_jitter.gather(1, row), column_jitter.flatten(1).gather(1, site)), dim=-1)
+    centre = ink + torch.stack((row, column), dim=-1) * (apart + 1) + jitter
+    centre = centre - (centre - box) % 2                                    # an even box has its centre on whole px
+    for i in list(range(k)) * sweeps:
+        box_i = box[:, i, None]                                             # (n, 1, 2)
+        new = box_i + 2 * below(size - box_i + 1, tries, 2)                 # (n, tries, 2)
+        gap = (new[:, :, None] - centre[:, None]).abs().amax(-1)            # (n, tries, k)
+        clear = (gap >= apart) | ~present[:, None]
+        clear[:, :, i] = True
+        free = clear.all(2)
+        first = free.byte().argmax(1)[:, None, None].expand(-1, 1, 2)
+        centre[:, i] = torch.where(free.any(1)[:, None], new.gather(1, first)[:, 0], centre[:, i])
+    return centre
+
+
+def paste(digits, corner, size):
+    """Digits (n, k, 28, 28) with their frames' corners (n, k, 2) at those px, the brighter ink on top: (n, size, size).
+    A frame may stand out over the edge of the canvas, its ink may not."""
+    n, k = digits.shape[:2]
+    wide = size + 2 * FRAME
+    frame = torch.arange(FRAME, device=digits.device)
+    row, column = (corner + FRAME).unbind(-1)                               # (n, k)
+    where = (row[..., None, None] + frame[:, None]) * wide + column[..., None, None] + frame
+    canvas = torch.zeros(n, wide * wide, dtype=torch.uint8, device=digits.device)
+    canvas.scatter_reduce_(1, where.flatten(1), digits.flatten(1), "amax")
+    return canvas.view(n, wide, wide)[:, FRAME:-FRAME, FRAME:-FRAME]
+
+
+def test_canvases(phase, images, labels, **options):
+    """The test set of a phase, from the test digits: the same on every machine and device, since it is drawn on the
+    CPU with a seed of its own. Returns canvases and cell labels as `canvases` does, on the CPU."""
+    if PHASES[phase].test_canvases is None:
+        return images, labels.view(-1, 1, 1)
+    generator = torch.Generator().manual_seed(2024)
+    return canvases(phase, images, labels, PHASES[phase].test_canvases, generator, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Into the model and out of it
+
+def to_input(canvases):
+    """uint8 (n, H, W) -> float (n, 1, H, W), in units of the standard deviation of MNIST's pixels (0.3081 of white).
+    Paper stays 0, so that what a model pads an image with looks like paper."""
+    return canvases[:, None].float() / (255 * 0.3081)
+
+
+def read(logits, empty=10):
+    """Logits (n, gh, gw, classes) -> for each canvas a list of (digit, row, column, confidence) in reading order, one
+    for each cell whose most probable class is not `empty` (None: every cell holds a digit)."""
+    confidence, best = logits.float().softmax(-1).max(-1)
+    readings = [[] for _ in range(len(logits))]
+    found = torch.ones_like(best, dtype=torch.bool) if empty is None else best != empty
+    for i, row, column in found.nonzero().tolist():
+        readings[i].append((int(best[i, row, column]), row, column, float(confidence[i, row, column])))
+    return readings

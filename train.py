@@ -1,0 +1,486 @@
+"""Train a ViT to read handwritten digits: one (phase 1), four in a grid (phase 2), any number anywhere (phase 3).
+
+    python train.py --phase=3                       # MNIST from --data_dir, downloaded if it is not there
+    python train.py --phase=1 --max_steps=1000      # every setting is a flag: python train.py --help
+    python train.py --phase=3 --resume              # go on where a run was stopped
+    python train.py --phase=3 --eval_only           # evaluate what a run has left
+
+A run leaves ckpt.pt (see `save`) and metrics.jsonl (one JSON object a line) in --out_dir. Every random draw of a step
+is a function of (seed, step, purpose) alone, so that logging and evaluating change nothing and a resumed run is the
+run that was never stopped.
+"""
+import argparse
+import copy
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Optional, get_args, get_type_hints
+
+import torch
+import torch.nn.functional as F
+
+import data
+from vit import ViT, ViTConfig
+
+
+@dataclass
+class Settings:
+    # What to do, on what, and where
+    phase: int = 3                          # 1: one digit. 2: four in a grid. 3: any number anywhere
+    data_dir: str = "data/mnist"            # folder of the four MNIST files, or of others of the same names and form
+    data: str = "auto"                      # mnist, drawn (by the program itself), or auto: mnist if there is any
+    out_dir: Optional[str] = None           # folder for ckpt.pt and metrics.jsonl (default: out/phase<phase>)
+    resume: bool = False                    # go on from the checkpoint in out_dir, if there is one
+    eval_only: bool = False                 # evaluate the checkpoint in out_dir and stop
+    val_digits: int = 0                     # hold so many training digits back and evaluate on them, not on the test set
+    device: str = "auto"                    # cuda, mps, xpu, cpu, or auto: the accelerator if there is one
+    dtype: str = "auto"                     # float32, bfloat16 (autocast), or auto: bfloat16 where the hardware has it
+    compile: bool = False                   # torch.compile the model
+    seed: int = 0                           # of every random draw
+    # How the run is laid out
+    epochs: Optional[float] = None          # length of the run in epochs of 60,000 canvases, in place of max_steps
+    max_steps: Optional[int] = None         # length of the run in steps
+    batch_size: Optional[int] = None        # canvases a step
+    log_every: int = 10                     # steps between lines of metrics
+    eval_every: Optional[int] = None        # steps between evaluations; 0: at the end alone
+    save_every: float = 30.0                # seconds between checkpoints
+    # AdamW
+    lr: Optional[float] = None              # peak learning rate
+    warmup: float = 0.1                     # share of the steps in which the learning rate rises; then it falls to 0
+    weight_decay: float = 0.05              # decoupled, on matrices only
+    beta1: float = 0.9                      # decay of the gradients' mean
+    beta2: float = 0.99                     # decay of the gradients' mean square
+    grad_clip: float = 1.0                  # largest norm of the gradient; 0: no limit
+    average: float = 0.998                  # decay of the moving average of the weights that is evaluated and saved
+    # The model: see ViTConfig
+    patch_size: Optional[int] = None        # px, side of a patch
+    overlap: Optional[int] = None           # px that the patch projection sees beyond its patch, on each side
+    dim: Optional[int] = None               # width of a token
+    depth: Optional[int] = None             # number of blocks
+    heads: Optional[int] = None             # attention heads in a block
+    mlp_ratio: float = 2.0                  # hidden width of the MLP, in units of dim
+    positions: Optional[str] = None         # learned or rotary
+    dropout: float = 0.0                    # share of activations dropped in training
+    drop_path: float = 0.0                  # share of images that skip the last block's branches in training
+    # Canvases and augmentation
+    canvas_size: Optional[int] = None       # px, side of the canvas (default: the phase's)
+    max_digits: Optional[int] = None        # phase 3: most digits on a canvas (default: 5)
+    min_distance: Optional[int] = None      # px, phase 3: between digits' centres (default: so that ink never overlaps)
+    rotate: float = 10.0                    # degrees, most that a training digit is turned
+    scale: float = 0.1                      # share, most that it is scaled up or down
+    shear: float = 0.1                      # share, most that it is sheared
+    shift: float = 1.0                      # px, most that it is moved within its frame
+
+
+# What a phase gets by default. Together with data.PHASES, this is all that the program knows of phases.
+DEFAULTS = {
+    1: dict(max_steps=6_000, batch_size=128, eval_every=2_000, lr=4e-3, patch_size=7, overlap=2, dim=64, depth=4, heads=4, positions="learned"),
+    2: dict(max_steps=2_000, batch_size=128, eval_every=1_000, lr=4e-3, patch_size=7, overlap=2, dim=64, depth=4, heads=4, positions="learned"),
+    3: dict(max_steps=1_000, batch_size=128, eval_every=500, lr=3e-3, patch_size=8, overlap=4, dim=96, depth=4, heads=4, positions="rotary"),
+}
+
+
+def fail(message, code):
+    """End the program with one clear line."""
+    print(f"train.py: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+def parse(arguments):
+    """Flags -> the settings that they give, as a dict. The flags are the fields of Settings, and its comments the help."""
+    comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(Settings), re.MULTILINE))
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    hints = get_type_hints(Settings)
+    for field in fields(Settings):
+        by_phase = [f"{phase}: {row[field.name]}" for phase, row in DEFAULTS.items() if field.name in row]
+        default = f"default by phase: {', '.join(by_phase)}" if by_phase else f"default: {field.default}"
+        note = "" if field.default is None and not by_phase else f" ({default})"
+        kind = next(t for t in (*get_args(hints[field.name]), hints[field.name]) if t is not type(None))
+        options = dict(type=truth, nargs="?", const=True, metavar="BOOL") if kind is bool else \
+            dict(type=kind, metavar=kind.__name__.upper())
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS,
+                            help=(comments[field.name] + note).replace("%", "%%"), **options)
+    parser.error = lambda message: fail(f"{message} (see --help)", 2)
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), hints, 1)
+        fail(f"unknown argument {unknown[0]}" + (f", did you mean --{close[0]}?" if close else " (see --help)"), 2)
+    return vars(given)
+
+
+def truth(text):
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
+    return text.lower() in ("true", "1", "yes")
+
+
+def settle(given, saved={}):
+    """The settings of a run: defaults, those of its phase, those of the run it goes on from, those given as flags."""
+    phase = given.get("phase", Settings.phase)
+    if phase not in DEFAULTS:
+        raise ValueError(f"--phase must be one of {', '.join(map(str, DEFAULTS))}, not {phase}")
+    if "epochs" in given and "max_steps" in given:
+        raise ValueError("give --epochs or --max_steps, not both")
+    settings = Settings(**{**DEFAULTS[phase], **saved, **given})
+    if settings.out_dir is None:
+        settings.out_dir = f"out/phase{phase}"
+    for name, allowed in (("data", ("auto", "mnist", "drawn")), ("dtype", ("auto", "float32", "bfloat16"))):
+        if getattr(settings, name) not in allowed:
+            raise ValueError(f"--{name} must be one of {', '.join(allowed)}, not {getattr(settings, name)!r}")
+    for name in ("batch_size", "log_every", "max_steps"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(settings, name)}")
+    for name, low, high in (("lr", 0, math.inf), ("warmup", 0, 1), ("weight_decay", 0, math.inf), ("beta1", 0, 1),
+                            ("beta2", 0, 1), ("grad_clip", 0, math.inf), ("average", 0, 1), ("eval_every", 0, math.inf),
+                            ("save_every", 0, math.inf), ("val_digits", 0, 59_999), ("rotate", 0, 180), ("scale", 0, 0.9),
+                            ("shear", 0, 2), ("shift", 0, 14), ("epochs", 1e-9, math.inf)):
+        if (value := getattr(settings, name)) is not None and not low <= value <= high:
+            raise ValueError(f"--{name} must be from {low} to {high}, not {value}")
+    if "epochs" in given:
+        settings.max_steps = math.ceil(settings.epochs * 60_000 / settings.batch_size)
+    return settings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# AdamW (Loshchilov 2019, arXiv:1711.05101) on flat buffers: a handful of vector operations, whatever the model
+
+
+def flatten(model):
+    """Make all parameters of a model views of one flat tensor, and their gradients of another. Matrices come first.
+
+    Returns the two tensors and how many of their elements belong to the matrices, which are what weight decay is for:
+    biases, norms and positions are left alone. `.to()` and `zero_grad()` would break the views: `still_flat` tells.
+    """
+    parameters = sorted(model.named_parameters(), key=lambda item: not decays(*item))
+    spans = [-(-parameter.numel() // 16) * 16 for _, parameter in parameters]  # 16 floats: 64 bytes, a cache line
+    weights = torch.zeros(sum(spans), dtype=parameters[0][1].dtype, device=parameters[0][1].device)
+    gradients = torch.zeros_like(weights)
+    start = 0
+    for (_, parameter), span in zip(parameters, spans):
+        part = slice(start, start + parameter.numel())
+        weights[part] = parameter.detach().flatten()
+        parameter.data = weights[part].view_as(parameter)
+        parameter.grad = gradients[part].view_as(parameter)
+        start += span
+    return weights, gradients, sum(span for item, span in zip(parameters, spans) if decays(*item))
+
+
+def decays(name, parameter):
+    return name.endswith("weight") and parameter.ndim > 1
+
+
+def still_flat(model, weights, gradients):
+    def within(tensor, flat):
+        return tensor is not None and tensor.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
+    return all(within(p.data, weights) and within(p.grad, gradients) for p in model.parameters())
+
+
+def adamw(weights, gradients, mean, square, step, matrices, lr, weight_decay, beta1, beta2, eps=1e-8):
+    """One step, in place: the first is step 1. mean and square are the moving averages of gradients and their squares."""
+    weights[:matrices].mul_(1 - lr * weight_decay)
+    mean.lerp_(gradients, 1 - beta1)
+    square.mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2)
+    scale = square.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)
+    weights.addcdiv_(mean, scale, value=-lr / (1 - beta1**step))
+
+
+def learning_rate(step, settings):
+    """Of step 0, 1, ...: a linear rise over the first `warmup` of the run, then a linear fall to 0 at its end."""
+    rise = settings.warmup * settings.max_steps
+    return settings.lr * min((step + 1) / max(rise, 1), (settings.max_steps - step) / max(settings.max_steps - rise, 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Devices
+
+
+def pick_device(name):
+    if name == "auto":
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except Exception as error:  # each backend has exceptions of its own for a device that is not there
+        raise ValueError(f"--device={name} cannot be used here: {str(error).splitlines()[0]}") from None
+
+
+def pick_dtype(name, device):
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32
+
+
+def wait_for(device):
+    """Wait until an accelerator has done what it was given, so that the clock tells the truth."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop and what surrounds it
+
+
+@torch.no_grad()
+def evaluate(model, canvases, labels, classes, batch_size, device, dtype):
+    """Mean loss and accuracies (shares of 1, None where one does not apply) over canvases (n, H, W) and the labels
+    (n, gh, gw) of their cells, where labels below `classes` are digits."""
+    model.eval()
+    loss, digits, digits_right, empties, empties_right, exact = 0.0, 0, 0, 0, 0, 0
+    for canvas, label in zip(canvases.split(batch_size), labels.split(batch_size)):
+        label = label.to(device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(data.to_input(canvas.to(device)))
+        loss += F.cross_entropy(logits.float().flatten(0, 2), label.flatten(), reduction="sum").item()
+        right, digit = logits.argmax(-1) == label, label < classes
+        digits += digit.sum().item()
+        digits_right += (right & digit).sum().item()
+        empties += (~digit).sum().item()
+        empties_right += (right & ~digit).sum().item()
+        exact += right.flatten(1).all(1).sum().item()
+    return {"loss": loss / (digits + empties), "cell_accuracy": (digits_right + empties_right) / (digits + empties),
+            "digit_accuracy": digits_right / digits, "empty_accuracy": empties_right / empties if empties else None,
+            "exact_match": exact / len(canvases)}
+
+
+def save(path, checkpoint):
+    """Write a checkpoint beside, then rename it: under its own name there is always a whole one."""
+    beside = path.with_suffix(".pt.part")
+    with open(beside, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def load_checkpoint(path, phase):
+    """The checkpoint of a phase, as `save` wrote it. Nothing but tensors and plain values is unpickled."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        found = checkpoint["version"], checkpoint["phase"], set(checkpoint["settings"])
+    except FileNotFoundError:
+        raise OSError(f"there is no checkpoint {path}: train first") from None
+    except (UnpicklingError, EOFError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a checkpoint of train.py: {' '.join(str(error).split())[:200]}") from None
+    if found != (1, phase, {field.name for field in fields(Settings)}):
+        raise ValueError(f"{path} is of phase {found[1]} and version {found[0]}: it does not go with phase {phase} of this train.py")
+    return checkpoint
+
+
+def random_stream(device, *key):
+    """A generator whose draws depend on nothing but the key."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def cut_back(path, step):
+    """Drop the lines of a metrics file that come after a step, where a resumed run goes on."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
+        beside = path.with_suffix(".jsonl.part")
+        beside.write_text("".join(lines))
+        os.replace(beside, path)
+
+
+def show(text, shown, keep=False):
+    """Print a line of progress: in place on a terminal, every 10 s elsewhere, for good where `keep`. `shown` is when
+    the last line was; returns it anew."""
+    terminal = sys.stdout.isatty()
+    if not terminal and not keep and time.perf_counter() - shown < 10:
+        return shown
+    if terminal:
+        text = "\r\033[K" + text[:shutil.get_terminal_size().columns - 1 if not keep else None]
+    print(text, end="\n" if keep or not terminal else "", flush=True)
+    return time.perf_counter()
+
+
+def clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def percent(share):
+    return "-" if share is None else f"{100 * share:.2f}%"
+
+
+def table(result, rows):
+    """The figures of an evaluation and some more, a line each."""
+    mark = "" if result["data"].startswith("mnist") else f"   ({result['data']} digits: says nothing about MNIST)"
+    rows = {**{title: percent(result[key]) + mark for title, key in (
+        ("digit accuracy", "digit_accuracy"), ("empty accuracy", "empty_accuracy"), ("cell accuracy", "cell_accuracy"),
+        ("exact canvases", "exact_match"))}, **rows}
+    return "\n".join(f"{title:>16}  {value}" for title, value in rows.items())
+
+
+def main(arguments=None):
+    given = parse(arguments)
+    try:
+        run(given)
+    except ValueError as error:         # what was asked for makes no sense
+        fail(error, 2)
+    except OSError as error:            # it makes sense, but a file or the network does not play along
+        fail(error, 1)
+    except FloatingPointError as error:
+        fail(error, 1)
+    except KeyboardInterrupt:
+        fail("stopped; --resume goes on from the last checkpoint", 130)
+
+
+def run(given):
+    started = time.perf_counter()
+    settings, checkpoint = settle(given), None
+    path = Path(settings.out_dir) / "ckpt.pt"
+    if settings.eval_only or settings.resume and path.exists():
+        checkpoint = load_checkpoint(path, settings.phase)
+        settings = settle(given, checkpoint["settings"])
+    device = pick_device(settings.device)
+    dtype = pick_dtype(settings.dtype, device)
+
+    # Digits and canvases. Validation digits are the last of the training digits, which then train nothing.
+    images, labels, kind = data.load_digits(settings.data, settings.data_dir, "train")
+    if settings.val_digits:
+        if settings.val_digits >= len(images):
+            raise ValueError(f"--val_digits={settings.val_digits} leaves none of {len(images)} digits for training")
+        held_back = images[-settings.val_digits:], labels[-settings.val_digits:]
+        images, labels = images[:-settings.val_digits], labels[:-settings.val_digits]
+    else:
+        held_back = data.load_digits(kind, settings.data_dir, "test")[:2]
+    if checkpoint and checkpoint["data"] != kind:
+        raise ValueError(f"{path} was trained on {checkpoint['data']} digits, these are {kind} ones")
+    canvas = {"size": settings.canvas_size, "max_digits": settings.max_digits, "min_distance": settings.min_distance}
+    options = data.canvas_options(settings.phase, images, labels, **canvas)
+    classes = options["classes"]
+    if held_back[1].max() >= classes:
+        raise ValueError(f"the test labels go up to {held_back[1].max()}, the training labels to {classes - 1}")
+    test_set = data.test_canvases(settings.phase, *held_back, **canvas, classes=classes)
+    images, labels = images.to(device), labels.to(device)
+    augmentation = {name: getattr(settings, name) for name in ("rotate", "scale", "shear", "shift")}
+
+    def evaluation(model, **rest):
+        result = evaluate(model, *test_set, classes, settings.batch_size, device, dtype)
+        return {"event": "eval", "phase": settings.phase, "data": kind + "-val" * bool(settings.val_digits), **rest, **result}
+
+    if settings.eval_only:
+        print(table(evaluation(ViT.load(path).to(device)), {"checkpoint": path}))
+        return
+
+    # The model, the moving average of its weights as a second model, and the flat buffers of both
+    config = ViTConfig(image_size=options["size"], num_classes=classes + data.has_empty_cells(settings.phase),
+                       cell=data.PHASES[settings.phase].cell, **{name: getattr(settings, name) for name in (
+                           "patch_size", "overlap", "dim", "depth", "heads", "mlp_ratio", "positions", "dropout", "drop_path")})
+    torch.manual_seed(settings.seed)
+    model = ViT(config).to(device)
+    averaged = copy.deepcopy(model).eval()
+    weights, gradients, matrices = flatten(model)
+    average, _, _ = flatten(averaged)
+    mean, square = torch.zeros_like(weights), torch.zeros_like(weights)
+    step, seconds_before, train_seconds = 0, 0.0, 0.0
+    log_path = path.with_name("metrics.jsonl")
+    if checkpoint:
+        changed = [name for name, value in asdict(config).items() if checkpoint["config"].get(name) != value]
+        if changed:
+            raise ValueError(f"{path} has another model: {', '.join(changed)} cannot change in a resumed run")
+        model.load_state_dict(checkpoint["model"])
+        averaged.load_state_dict(checkpoint["average"])
+        mean.copy_(checkpoint["mean"])
+        square.copy_(checkpoint["square"])
+        step, seconds_before, train_seconds = (checkpoint[key] for key in ("step", "seconds", "train_seconds"))
+        cut_back(log_path, step)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for old in (path, log_path):
+            if old.exists():
+                os.replace(old, f"{old}.prev")
+                print(f"{old} is another run's: kept as {old}.prev")
+    print(f"phase {settings.phase}: {options['size']} x {options['size']} px, {len(images):,} {kind} digits for training, "
+          f"{len(test_set[0]):,} {'validation' if settings.val_digits else 'test'} canvases\n"
+          f"model: {sum(p.numel() for p in model.parameters()):,} parameters on {device}, {str(dtype).split('.')[1]}, "
+          f"{'compiled' if settings.compile else 'not compiled'}\n"
+          f"run: step {step:,} to {settings.max_steps:,}, {settings.batch_size} canvases each, seed {settings.seed}, in {path.parent}")
+
+    forward = torch.compile(model) if settings.compile else model
+    if settings.compile:  # now, so that the clock of the training does not count it
+        forward(torch.zeros(settings.batch_size, 1, options["size"], options["size"], device=device)).sum().backward()
+    sums, since = torch.zeros(3, device=device), step  # of loss, digits and digits read right, since the last log line
+    result, shown, saved = None, time.perf_counter(), time.perf_counter()
+    wait_for(device)
+    mark = time.perf_counter()
+    with open(log_path, "a") as log:
+        while step < settings.max_steps:
+            # Draw, forward, backward
+            generator = random_stream(device, settings.seed, step, "canvases")
+            canvas, cells = data.canvases(settings.phase, images, labels, settings.batch_size, generator, augmentation, **options)
+            torch.manual_seed(random_stream("cpu", settings.seed, step, "dropout").initial_seed())
+            model.train()
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                logits = forward(data.to_input(canvas))                         # (B, gh, gw, classes)
+            loss = F.cross_entropy(logits.float().flatten(0, 2), cells.flatten())
+            gradients.zero_()
+            loss.backward()
+
+            # Clip, AdamW, average
+            norm = gradients.norm()
+            if settings.grad_clip:
+                gradients.mul_((settings.grad_clip / (norm + 1e-6)).clamp(max=1))
+            lr = learning_rate(step, settings)
+            step += 1
+            adamw(weights, gradients, mean, square, step, matrices, lr, settings.weight_decay, settings.beta1, settings.beta2)
+            average.lerp_(weights, 1 - min(settings.average, step / (step + 10)))  # early on, a shorter one
+
+            # Log, evaluate, save
+            digit = cells < classes
+            sums += torch.stack((loss.detach(), digit.sum(), (digit & (logits.argmax(-1) == cells)).sum()))
+            final = step == settings.max_steps
+            evaluate_now = final or settings.eval_every and step % settings.eval_every == 0
+            if not (evaluate_now or step % settings.log_every == 0):
+                continue
+            loss_sum, digits, right = sums.tolist()
+            sums.zero_()
+            now = time.perf_counter()
+            train_seconds, spent, mark = train_seconds + now - mark, now - mark, now
+            line = {"event": "train", "step": step, "seconds": seconds_before + now - started, "loss": loss_sum / (step - since),
+                    "lr": lr, "grad_norm": norm.item(), "images_per_second": (step - since) * settings.batch_size / spent}
+            since = step
+            if not math.isfinite(line["loss"] + line["grad_norm"]):
+                raise FloatingPointError(f"loss {line['loss']} and gradient norm {line['grad_norm']} by step {step}, at learning rate "
+                                         f"{lr:.2g}: try a lower --lr; {path} is from an earlier step, if it is there")
+            print(json.dumps(line), file=log, flush=True)
+            shown = show(f"step {step:,}/{settings.max_steps:,}  loss {line['loss']:.4f}  {kind} digits right in training "
+                         f"{percent(right / max(digits, 1))}  {line['images_per_second']:,.0f} images/s  "
+                         f"ETA {clock(train_seconds / step * (settings.max_steps - step))}", shown)
+            if evaluate_now:
+                result = evaluation(averaged, step=step, seconds=seconds_before + time.perf_counter() - started,
+                                    train_seconds=train_seconds)
+                result["final"] = final
+                print(json.dumps(result), file=log, flush=True)
+                show(f"step {step:,}  {clock(train_seconds)}  {result['data']}: loss {result['loss']:.4f}  digits {percent(result['digit_accuracy'])}  "
+                     f"empty {percent(result['empty_accuracy'])}  exact canvases {percent(result['exact_match'])}", shown, keep=True)
+                mark = time.perf_counter()
+            if final or time.perf_counter() - saved > settings.save_every:
+                assert still_flat(model, weights, gradients), "a parameter is no longer a view of the flat buffer"
+                save(path, {"version": 1, "phase": settings.phase, "canvas": options, "data": kind, "config": asdict(config),
+                            "settings": asdict(settings), "step": step, "seconds": seconds_before + time.perf_counter() - started,
+                            "train_seconds": train_seconds, "model": model.state_dict(), "average": averaged.state_dict(),
+                            "mean": mean, "square": square})
+                saved = time.perf_counter()
+    result = result or evaluation(averaged)
+    print(table(result, {"training": f"{train_seconds:.1f} s", "images/s": f"{step * settings.batch_size / train_seconds:,.0f}",
+                         "checkpoint": path}))
+
+
+if __name__ == "__main__":
+    main()

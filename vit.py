@@ -1,0 +1,239 @@
+"""A Vision Transformer in one file: torch and the standard library, nothing else. Copy it into your own project.
+
+    from vit import ViT, ViTConfig
+    model = ViT(ViTConfig(image_size=224, patch_size=16, in_channels=3, num_classes=1000, dim=192, depth=12, heads=3))
+    logits = model(images)                  # (B, 3, 224, 224) -> (B, 1000)
+
+With `cell` > 0 the same model labels every cell of a grid over the image, so it finds things as well as naming them:
+
+    model = ViT(ViTConfig(image_size=64, patch_size=8, cell=8, num_classes=11))
+    logits = model(images)                  # (B, 1, 64, 64) -> (B, 8, 8, 11)
+
+An image goes through it as patches -> tokens -> `depth` blocks of attention and MLP -> norm -> head; read on in that
+order from the bottom (`ViT.forward`) or from the top. Sources: ViT (Dosovitskiy 2021, arXiv:2010.11929), pre-norm
+blocks (Xiong 2020, arXiv:2002.04745), rotary positions (Su 2021, arXiv:2104.09864) along both axes of the image
+(Heo 2024, arXiv:2403.13298), drop path (Huang 2016, arXiv:1603.09382).
+"""
+import math
+from dataclasses import dataclass, fields
+from pickle import UnpicklingError
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class ViTConfig:
+    image_size: int = 28        # px, side of the square image that the learned positions are laid out for
+    patch_size: int = 7         # px, side of a patch: one token each
+    overlap: int = 0            # px that the patch projection sees beyond its patch, on each side
+    in_channels: int = 1
+    num_classes: int = 10
+    dim: int = 64               # width of a token
+    depth: int = 4              # number of blocks
+    heads: int = 4              # attention heads in a block, each dim / heads wide
+    mlp_ratio: float = 2.0      # hidden width of the MLP, in units of dim
+    dropout: float = 0.0        # share of activations dropped in training
+    drop_path: float = 0.0      # share of images that skip the last block's branches in training; rises linearly from 0
+    class_token: bool = False   # a token of its own for the whole image, read by the head; else the mean over tokens
+    cell: int = 0               # px, side of the cells that get a label each; 0: one label for the whole image
+    positions: str = "learned"  # "learned": a vector a patch. "rotary": queries and keys turn with row and column
+
+    def __post_init__(self):
+        whole = [f.name for f in fields(self) if f.type in (int, "int")]
+        for name in whole:
+            value, least = getattr(self, name), 0 if name in ("overlap", "cell") else 1
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} must be a whole number from {least} up, not {value!r}")
+        if not 0 < self.mlp_ratio < math.inf:
+            raise ValueError(f"mlp_ratio must be above 0, not {self.mlp_ratio!r}")
+        for name in ("dropout", "drop_path"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)!r}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.cell and (self.cell % self.patch_size or self.image_size % self.cell):
+            raise ValueError(f"cell {self.cell} must be a multiple of patch_size {self.patch_size} "
+                             f"and divide image_size {self.image_size}")
+        if self.cell and self.class_token:
+            raise ValueError("class_token is for one label per image: with cell > 0 every cell reads its own tokens")
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}")
+        if self.positions not in ("learned", "rotary"):
+            raise ValueError(f'positions must be "learned" or "rotary", not {self.positions!r}')
+        if self.positions == "rotary" and self.dim // self.heads % 4:
+            raise ValueError(f"rotary positions need heads of a multiple of 4 wide, not {self.dim} / {self.heads}")
+
+
+def drop_path(branch, rate, training):
+    """A residual branch (B, N, dim), left out for a share `rate` of the images and scaled up for the others."""
+    if not training or rate == 0:
+        return branch
+    keep = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= rate
+    return branch * keep.to(branch.dtype) / (1 - rate)
+
+
+def rotary_table(rows, columns, head_dim, device):
+    """Cosines and sines, each (rows * columns, head_dim), that turn the heads of the patch at each row and column.
+
+    Half of a head's pairs of channels turn with the row, half with the column, at frequencies from 1 radian a patch
+    down to 1/100: fast enough to tell neighbours apart, slow enough to tell the ends of a long image apart.
+    """
+    frequency = 100 ** -torch.linspace(0, 1, head_dim // 4, device=device)
+    by_row = torch.arange(rows, device=device)[:, None] * frequency        # (rows, head_dim / 4)
+    by_column = torch.arange(columns, device=device)[:, None] * frequency  # (columns, head_dim / 4)
+    angle = torch.cat((by_row[:, None].expand(-1, columns, -1), by_column.expand(rows, -1, -1)), dim=-1).flatten(0, 1)
+    cos, sin = angle.cos(), angle.sin()                                    # (N, head_dim / 2)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)   # the signs that `rotate` needs
+
+
+def rotate(x, cos, sin):
+    """Turn the channel pairs (i, i + head_dim / 2) of x (..., N, head_dim) by the angles of `rotary_table`."""
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
+
+
+class PatchEmbedding(nn.Module):
+    """Image (B, C, H, W) -> tokens (B, N, dim) in reading order: one linear projection of every patch."""
+
+    def __init__(self, config):
+        super().__init__()
+        side = config.patch_size + 2 * config.overlap
+        self.proj = nn.Conv2d(config.in_channels, config.dim, side, stride=config.patch_size, padding=config.overlap)
+
+    def forward(self, images):
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.heads, self.dropout = config.heads, config.dropout
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.proj = nn.Linear(config.dim, config.dim)
+
+    def forward(self, x, rotary=None):
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each (B, h, N, D / h)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        hidden = round(config.dim * config.mlp_ratio)
+        self.fc1 = nn.Linear(config.dim, hidden)
+        self.fc2 = nn.Linear(hidden, config.dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm: the residual stream itself is never normalised, which trains stably without tricks (Xiong 2020)."""
+
+    def __init__(self, config, drop_path_rate):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.mlp = MLP(config)
+        self.dropout, self.drop_path_rate = config.dropout, drop_path_rate
+
+    def forward(self, x, rotary=None):
+        x = x + self.branch(self.attn(self.norm1(x), rotary))
+        return x + self.branch(self.mlp(self.norm2(x)))
+
+    def branch(self, x):
+        return drop_path(F.dropout(x, self.dropout, self.training), self.drop_path_rate, self.training)
+
+
+class ViT(nn.Module):
+    """The model. forward: float (B, C, H, W) -> logits, (B, num_classes) or (B, H / cell, W / cell, num_classes).
+
+    H and W may be any multiples of patch_size and cell: learned positions are resampled, rotary ones just go on.
+    Raises ValueError for any other shape.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        grid = config.image_size // config.patch_size
+        self.patch_embed = PatchEmbedding(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim)) if config.class_token else None
+        self.pos_embed = None
+        if config.positions == "learned":
+            self.pos_embed = nn.Parameter(torch.zeros(1, config.class_token + grid * grid, config.dim))
+        rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.norm = nn.LayerNorm(config.dim, eps=1e-6)
+        self.head = nn.Linear(config.dim, config.num_classes)
+        self.apply(self.init_weights)
+        for parameter in (self.cls_token, self.pos_embed):
+            if parameter is not None:
+                nn.init.trunc_normal_(parameter, std=0.02)
+
+    @staticmethod
+    def init_weights(module):
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+
+    @classmethod
+    def load(cls, path):
+        """The model of a checkpoint {"config": fields of ViTConfig, "average": state dict}, in eval mode, on the CPU.
+
+        Nothing but tensors and plain values is unpickled, so that a file cannot run code. Raises ValueError for a file
+        that is no such checkpoint, OSError where it cannot be read.
+        """
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            model = cls(ViTConfig(**checkpoint["config"]))
+            model.load_state_dict(checkpoint["average"])
+        except (UnpicklingError, EOFError, RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path} is not a checkpoint of this model: {type(error).__name__}: {reason}") from None
+        return model.eval()
+
+    def forward(self, images):
+        rows, columns = self.grid_of(images)
+        x = self.patch_embed(images)                                # (B, N, dim)
+        if self.cls_token is not None:
+            x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
+        rotary = None
+        if self.pos_embed is not None:
+            x = x + self.positions_for(rows, columns)
+        else:
+            rotary = rotary_table(rows, columns, self.config.dim // self.config.heads, x.device)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.blocks:
+            x = block(x, rotary)
+        x = self.norm(x)
+        if self.config.cell:                                        # the mean over each cell's k x k tokens
+            k = self.config.cell // self.config.patch_size
+            x = x.unflatten(1, (rows // k, k, columns // k, k)).mean((2, 4))
+        else:                                                       # the class token, or the mean over all tokens
+            x = x[:, 0] if self.cls_token is not None else x.mean(1)
+        return self.head(x)
+
+    def grid_of(self, images):
+        """Rows and columns of patches in the images, which are checked here and nowhere else."""
+        side = self.config.cell or self.config.patch_size           # a cell is a whole number of patches
+        if images.ndim != 4 or images.shape[1] != self.config.in_channels or images.shape[2] % side or \
+                images.shape[3] % side or 0 in images.shape[2:]:
+            raise ValueError(f"expected images (B, {self.config.in_channels}, H, W) with H and W multiples of "
+                             f"{side} px, got {tuple(images.shape)}")
+        return images.shape[2] // self.config.patch_size, images.shape[3] // self.config.patch_size
+
+    def positions_for(self, rows, columns):
+        """The learned positions (1, N, dim), resampled where the grid is not the one they were learned on."""
+        grid = self.config.image_size // self.config.patch_size
+        if (rows, columns) == (grid, grid):
+            return self.pos_embed
+        first, table = self.pos_embed.split((self.pos_embed.shape[1] - grid * grid, grid * grid), dim=1)
+        table = table.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)                 # (1, dim, grid, grid)
+        table = F.interpolate(table, (rows, columns), mode="bicubic", antialias=True)
+        return torch.cat((first, table.flatten(2).transpose(1, 2)), dim=1)
