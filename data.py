@@ -224,7 +224,7 @@ def drawn_digits(n, seed):
         x, y = x * turn.cos()[:, None] - y * turn.sin()[:, None], x * turn.sin()[:, None] + y * turn.cos()[:, None]
         points = torch.stack((x, y), dim=-1)
         # The pen is a Gaussian of width sigma; ink shows where it is above 0.15, which is 1.95 sigma from the stroke.
-        sigma, side = uniform(.75, 1.35, 1, 1), uniform(17.5, 19.9, 1, 1)
+        sigma, side = uniform(.7, 1.15, 1, 1), uniform(18.5, 19.9, 1, 1)
         extent = (points.amax(1) - points.amin(1)).amax(1)[:, None, None]
         points = points * (side - 2 * 1.95 * sigma) / extent                                     # px
         points = points - points.mean(1, keepdim=True) + (FRAME - 1) / 2

@@ -1,0 +1,857 @@
+"""The tests: python -m pytest -q. With MNIST_DIR=folder of the MNIST files they also train on real digits."""
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import train
+from vit import ViT, ViTConfig
+
+HERE = Path(__file__).parent
+needs_mnist = pytest.mark.skipif("MNIST_DIR" not in os.environ, reason="set MNIST_DIR to the folder of the MNIST files")
+AUGMENTATION = dict(rotate=20, scale=0.2, shear=0.2, shift=2)
+
+
+@pytest.fixture(scope="session")
+def drawn():
+    return data.drawn_digits(2000, seed=5)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# IDX files
+
+
+def idx_bytes(array, code):
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, code, array.ndim, *array.shape) + array.astype(data.IDX_TYPES[code]).tobytes()
+
+
+@pytest.mark.parametrize("code", data.IDX_TYPES)
+@pytest.mark.parametrize("shape", [(0,), (7,), (3, 0, 2), (2, 3, 4), (1,) * 20 + (5,)])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_idx_round_trip(tmp_path, code, shape, pack):
+    values = np.random.default_rng(0).integers(-100, 100, shape)
+    array = values.astype(np.dtype(data.IDX_TYPES[code]).newbyteorder("="))
+    (tmp_path / "x").write_bytes(pack(idx_bytes(array, code)))
+    loaded = data.load_idx(tmp_path / "x")
+    assert loaded.dtype == array.dtype and loaded.dtype.isnative and loaded.shape == shape
+    np.testing.assert_array_equal(loaded, array)
+
+
+GOOD = idx_bytes(np.arange(24).reshape(2, 3, 4), 0x0C)
+REFUSED = {
+    "empty": (b"", "not an IDX file"),
+    "html": (b"<!DOCTYPE html><html>404</html>", "not an IDX file"),
+    "two bytes": (b"\0\0", "not an IDX file"),
+    "unknown type": (b"\0\0\x0a\1" + bytes(8), "unknown IDX type code 0x0a"),
+    "no dimensions": (b"\0\0\x08\0" + bytes(8), "1 to 64 dimensions, not 0"),
+    "too many dimensions": (b"\0\0\x08\x41" + bytes(4 * 65), "1 to 64 dimensions, not 65"),
+    "cut header": (GOOD[:9], "within its header"),
+    "cut values": (GOOD[:-1], "too short"),
+    "a byte over": (GOOD + b"\0", "too long"),
+    "absurd size": (b"\0\0\x0e\3" + b"\xff" * 12, "max_bytes"),
+    "empty but huge": (b"\0\0\x08\4" + bytes(4) + b"\xff" * 12, ""),
+    "cut gzip": (gzip.compress(GOOD)[:-3], "corrupt gzip"),
+    "broken gzip": (gzip.compress(GOOD)[:12] + b"\xff\xff\xff\xff" + gzip.compress(GOOD)[16:], "corrupt gzip"),
+    "wrong checksum": (gzip.compress(GOOD)[:-8] + bytes(8), "corrupt gzip"),
+    "gzip of a page": (gzip.compress(b"<html>"), "not an IDX file"),
+    "gzip, then rubbish": (gzip.compress(GOOD) + b"rubbish", "corrupt gzip"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_idx_refuses(tmp_path, name):
+    content, words = REFUSED[name]
+    (tmp_path / "some-file").write_bytes(content)
+    if name == "empty but huge":  # no values, so nothing to refuse but what numpy cannot hold: never another array
+        try:
+            assert data.load_idx(tmp_path / "some-file").size == 0
+        except ValueError as error:
+            assert "some-file" in str(error)
+        return
+    with pytest.raises(ValueError, match=words) as caught:
+        data.load_idx(tmp_path / "some-file")
+    assert "some-file" in str(caught.value)
+
+
+def test_idx_gzip_bomb_is_not_unpacked(tmp_path):
+    (tmp_path / "bomb").write_bytes(gzip.compress(b"\0\0\x08\1" + struct.pack(">I", 10**7) + bytes(10**7)))
+    with pytest.raises(ValueError, match="max_bytes=1,000"):
+        data.load_idx(tmp_path / "bomb", max_bytes=1000)
+    (tmp_path / "liar").write_bytes(gzip.compress(b"\0\0\x08\1" + struct.pack(">I", 10) + bytes(10**7)))
+    with pytest.raises(ValueError, match="too long"):
+        data.load_idx(tmp_path / "liar")
+
+
+def test_idx_survives_random_damage(tmp_path):
+    rng, packed = np.random.default_rng(0), gzip.compress(GOOD)
+    for i in range(300):
+        content = bytearray(GOOD if i % 2 else packed)
+        for _ in range(rng.integers(1, 4)):
+            content[rng.integers(len(content))] = rng.integers(256)
+        (tmp_path / "x").write_bytes(content[:rng.integers(len(content) + 1)] if i % 5 == 0 else content)
+        try:
+            array = data.load_idx(tmp_path / "x")
+        except ValueError as error:
+            assert "x: " in str(error)
+        else:
+            assert array.nbytes < len(GOOD)
+            if not i % 2:  # gzip carries a checksum: what comes through is right
+                np.testing.assert_array_equal(array, np.arange(24).reshape(2, 3, 4))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MNIST and its download
+
+
+def write_mnist(folder, images, labels, split="train", spell=lambda name: name, pack=bytes):
+    for name, array in zip(data.SPLITS[split], (images, labels)):
+        (folder / spell(name)).write_bytes(pack(idx_bytes(array.numpy(), 0x08)))
+
+
+@pytest.mark.parametrize("spell,pack", [(str, bytes), (lambda name: name + ".gz", gzip.compress),
+                                        (lambda name: name.replace("-idx", ".idx"), bytes),
+                                        (lambda name: name.replace("-idx", ".idx") + ".gz", gzip.compress)])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_load_mnist_spellings(tmp_path, drawn, split, spell, pack):
+    images, labels = drawn[0][:20], drawn[1][:20]
+    write_mnist(tmp_path, images, labels, split, spell, pack)
+    loaded = data.load_mnist(tmp_path, split)
+    assert loaded[0].dtype == torch.uint8 and loaded[1].dtype == torch.int64
+    assert torch.equal(loaded[0], images) and torch.equal(loaded[1], labels)
+
+
+@pytest.mark.parametrize("images,labels,words", [
+    (torch.zeros(3, 28, 28), torch.zeros(4), "one label for each of 3 images"),
+    (torch.zeros(3, 27, 28), torch.zeros(3), r"expected uint8 images \(N, 28, 28\)"),
+    (torch.zeros(0, 28, 28), torch.zeros(0), r"expected uint8 images \(N, 28, 28\)"),
+    (torch.zeros(3, 28), torch.zeros(3), r"expected uint8 images \(N, 28, 28\)")])
+def test_load_mnist_refuses(tmp_path, images, labels, words):
+    write_mnist(tmp_path, images, labels)
+    with pytest.raises(ValueError, match=words):
+        data.load_mnist(tmp_path, "train")
+
+
+def test_load_mnist_refuses_labels_that_are_no_classes(tmp_path):
+    write_mnist(tmp_path, torch.zeros(3, 28, 28), torch.zeros(3))
+    (tmp_path / data.SPLITS["train"][1]).write_bytes(idx_bytes(np.array([0, -1, 2]), 0x09))
+    with pytest.raises(ValueError, match="class numbers from 0 to 255"):
+        data.load_mnist(tmp_path, "train")
+
+
+@pytest.fixture
+def mirrors(monkeypatch, tmp_path, drawn):
+    """Two mirrors on loopback; what they answer is in the dictionary that the fixture gives: path -> (status, body)."""
+    answers = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, body = answers.get(self.path, (404, b"no such file"))
+            self.send_response(status)
+            self.send_header("Content-Length", answers.get("length " + self.path, len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(data, "MIRRORS", [f"http://127.0.0.1:{server.server_port}/{mirror}/" for mirror in "ab"])
+    good = {name + ".gz": gzip.compress(idx_bytes(array[:20].numpy(), 0x08)) for name, array in zip(data.SPLITS["train"], drawn)}
+    monkeypatch.setattr(data, "MD5", {name: hashlib.md5(body).hexdigest() for name, body in good.items()})
+    answers["good"] = good
+    yield answers
+    server.shutdown()
+    server.server_close()
+
+
+def serve(mirrors, mirror, status=200, change=lambda body: body):
+    for name, body in mirrors["good"].items():
+        mirrors[f"/{mirror}/{name}"] = (status, change(body))
+
+
+def test_download(mirrors, tmp_path, drawn, capsys):
+    serve(mirrors, "a")
+    images, labels = data.load_mnist(tmp_path / "new" / "folder", "train")
+    assert torch.equal(images, drawn[0][:20]) and torch.equal(labels, drawn[1][:20])
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == sorted(mirrors["good"])
+    assert "downloading" in capsys.readouterr().err
+    mirrors.clear()  # what is there is not asked for again
+    assert torch.equal(data.load_mnist(tmp_path / "new" / "folder", "train")[0], images)
+
+
+@pytest.mark.parametrize("fault", [dict(status=404), dict(change=lambda body: body[:-9]), dict(change=lambda body: b"x" + body[1:])],
+                         ids=["404", "truncated", "wrong content"])
+def test_download_takes_the_second_mirror(mirrors, tmp_path, drawn, fault):
+    serve(mirrors, "a", **fault)
+    serve(mirrors, "b")
+    assert torch.equal(data.load_mnist(tmp_path, "train")[0], drawn[0][:20])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(mirrors["good"])
+
+
+def test_download_that_breaks_off(mirrors, tmp_path):
+    serve(mirrors, "a", change=lambda body: body[:-9])
+    mirrors.update({"length /a/" + name: len(body) for name, body in mirrors["good"].items()})
+    with pytest.raises(OSError, match="no mirror gave it"):
+        data.load_mnist(tmp_path, "train")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_download_keeps_nothing_wrong(mirrors, tmp_path):
+    serve(mirrors, "a", change=lambda body: b"<html>")
+    with pytest.raises(OSError, match="expected " + "[0-9a-f]{32}") as caught:
+        data.load_mnist(tmp_path, "train")
+    assert "404" in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+def test_no_network(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(data, "MIRRORS", ["http://127.0.0.1:9/", "https://127.0.0.1:9/"])
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with pytest.raises(OSError, match="no mirror gave it"):
+        data.load_digits("mnist", tmp_path, "train")
+    monkeypatch.setattr(data, "drawn_digits", lambda n, seed: (n, seed))
+    assert data.load_digits("auto", tmp_path, "test") == (10_000, 1, "drawn")
+    assert "No MNIST" in capsys.readouterr().err
+    (tmp_path / data.SPLITS["train"][0]).write_bytes(b"<html>")  # a broken file is an error, not a reason to draw
+    (tmp_path / data.SPLITS["train"][1]).write_bytes(b"<html>")
+    with pytest.raises(ValueError, match="not an IDX file"):
+        data.load_digits("auto", tmp_path, "train")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawn digits and augmentation
+
+
+def test_drawn_digits_are_laid_out_as_mnist_is(drawn):
+    images, labels = drawn
+    assert images.shape == (2000, 28, 28) and images.dtype == torch.uint8 and labels.dtype == torch.int64
+    assert labels.bincount(minlength=10).min() > 140
+    _, _, height, width = data.ink_box(images)
+    assert torch.maximum(height, width).max() <= 20 and torch.maximum(height, width).min() >= 16
+    weight = images.float() / images.sum((1, 2), keepdim=True)
+    centre = torch.stack(((weight.sum(2) * torch.arange(28)).sum(1), (weight.sum(1) * torch.arange(28)).sum(1)))
+    assert (centre - 13.5).abs().max() < 1.5 and (centre - 13.5).abs().mean() < 0.3
+    again = data.drawn_digits(2000, seed=5)
+    assert torch.equal(images, again[0]) and not torch.equal(images, data.drawn_digits(2000, seed=6)[0])
+
+
+def test_drawn_digits_differ_by_class(drawn):
+    """Each looks more like the mean of its own class than like any other's, mostly."""
+    images, labels = drawn[0].float().flatten(1), drawn[1]
+    means = torch.stack([images[:1000][labels[:1000] == digit].mean(0) for digit in range(10)])
+    assert (torch.cdist(images[1000:], means).argmin(1) == labels[1000:]).float().mean() > 0.8
+
+
+def test_augment_moves_ink_but_keeps_it_whole_and_small(drawn):
+    images = drawn[0]
+    changed = data.augment(images, seeded(), **AUGMENTATION, side=20)
+    _, _, height, width = data.ink_box(changed)
+    assert torch.maximum(height, width).max() <= 20
+    assert (changed != images).flatten(1).any(1).all()
+    # Frames wide open: no ink is lost over the edge, however far it is thrown. Area scales with the matrix alone.
+    far = data.augment(images, seeded(), shift=14)
+    ratio = far.sum((1, 2)).float() / images.sum((1, 2))
+    assert (ratio - 1).abs().max() < 0.03
+    top, _, _, _ = data.ink_box(far)
+    assert top.min() == 0 and top.max() > 8
+
+
+def test_augment_of_nothing_is_nothing(drawn):
+    assert torch.equal(data.augment(drawn[0], seeded()), drawn[0])
+
+
+def test_augment_turns_and_scales():
+    bar = torch.zeros(500, 28, 28, dtype=torch.uint8)
+    bar[:, 7:21, 13:15] = 255                                  # upright, 14 x 2 px
+    _, _, height, width = data.ink_box(data.augment(bar, seeded(), rotate=90))
+    assert width.max() >= 14 and width.min() <= 4 and height.min() <= 4
+    _, _, height, width = data.ink_box(data.augment(bar, seeded(), scale=0.5))
+    assert height.max() >= 20 and height.min() <= 9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Canvases
+
+
+def plates(n=200):
+    """"Digits" that can be told apart anywhere: solid rectangles of random sides, image i of grey i + 1, class i % 10."""
+    images, sides = torch.zeros(n, 28, 28, dtype=torch.uint8), torch.randint(1, 21, (n, 2), generator=seeded(1))
+    sides[0] = 20
+    for i, (height, width) in enumerate(sides.tolist()):
+        images[i, 14 - height // 2:14 - height // 2 + height, 14 - width // 2:14 - width // 2 + width] = i + 1
+    return images, torch.arange(n) % 10, sides
+
+
+@pytest.mark.parametrize("options", [{}, dict(size=96, max_digits=9), dict(size=128, max_digits=36), dict(max_digits=9),
+                                     dict(size=80, max_digits=12, min_distance=10)])
+def test_scattered_labels_are_what_the_pixels_say(options):
+    images, labels, sides = plates()
+    canvas, cells = data.canvases(3, images, labels, 300, seeded(), **options)
+    size, distance = options.get("size", 64), options.get("min_distance", 20)
+    assert canvas.shape == (300, size, size) and canvas.dtype == torch.uint8
+    assert cells.shape == (300, size // 8, size // 8) and cells.dtype == torch.int64
+    looked_at = 0
+    for picture, label in zip(canvas.numpy(), cells.numpy()):
+        greys = np.unique(picture[picture > 0])
+        if len(greys) != (label != 10).sum():
+            continue  # the same plate twice, or one hidden by a brighter one
+        centres = []
+        for grey in greys:
+            rows, columns = np.nonzero(picture == grey)
+            height, width = rows.max() - rows.min() + 1, columns.max() - columns.min() + 1
+            if distance >= 20:  # all of it inside the canvas, nothing over it
+                assert (height, width) == tuple(sides[grey - 1].tolist()) and len(rows) == height * width
+            elif (height, width) != tuple(sides[grey - 1].tolist()):
+                break
+            centres.append((rows.min() + height / 2, columns.min() + width / 2))
+            assert label[int(centres[-1][0] // 8), int(centres[-1][1] // 8)] == (grey - 1) % 10
+        else:
+            looked_at += 1
+            for i, (row, column) in enumerate(centres):
+                assert all(max(abs(row - r), abs(column - c)) >= distance for r, c in centres[:i])
+    assert looked_at > 60
+
+
+@pytest.mark.parametrize("max_digits", [5, 9])
+def test_counts_are_uniform(max_digits):
+    images, labels, _ = plates()
+    _, cells = data.canvases(3, images, labels, 6000, seeded(), max_digits=max_digits)
+    counts = (cells != 10).flatten(1).sum(1).bincount(minlength=max_digits + 1)
+    expected = 6000 / (max_digits + 1)
+    assert len(counts) == max_digits + 1
+    assert ((counts - expected) ** 2 / expected).sum() < 30  # chi-square: 1e-3 at 9 degrees of freedom is 27.9
+    digits = cells[cells != 10].bincount(minlength=10)
+    assert digits.min() > 0.9 * digits.float().mean()
+
+
+def test_layouts_are_uniform_over_all_that_keep_the_distance():
+    """Against drawing whole layouts blindly until one fits, which is uniform by definition and far too slow to use."""
+    n, k, side, size, distance = 20_000, 4, 20, 64, 20
+    box = torch.full((n, k, 2), side)
+    placed = data.place(box, torch.ones(n, k, dtype=torch.bool), size, distance, side, seeded())
+    blind = torch.randint(0, size - side + 1, (600_000, k, 2), generator=seeded(1)) * 2 + side
+    gap = (blind[:, :, None] - blind[:, None]).abs().amax(-1) + 10**6 * torch.eye(k, dtype=torch.long)
+    blind = blind[gap.flatten(1).amin(1) >= 2 * distance]
+    assert len(blind) > 5000
+
+    def histograms(centre):
+        cells = (centre // 16).clamp(max=7)
+        where = (cells[..., 0] * 8 + cells[..., 1]).flatten().bincount(minlength=64) / centre[:, :, 0].numel()
+        gap = (centre[:, :, None] - centre[:, None]).abs().amax(-1)
+        return where, gap[gap > 0].clamp(max=88).bincount(minlength=89) / (gap > 0).sum()
+
+    for mine, theirs in zip(histograms(placed), histograms(blind)):
+        assert (mine - theirs).abs().sum() / 2 < 0.03  # total variation; two samples of this size differ by 0.02
+
+
+def test_grid_phases_put_each_digit_on_its_cell(drawn):
+    images, labels = drawn
+    lookup = {image.numpy().tobytes(): int(label) for image, label in zip(images, labels)}
+    for phase, options, grid in ((1, {}, 1), (2, {}, 2), (2, dict(size=84), 3)):
+        canvas, cells = data.canvases(phase, images, labels, 50, seeded(), **options)
+        assert canvas.shape == (50, 28 * grid, 28 * grid) and cells.shape == (50, grid, grid)
+        for i in range(50):
+            for row in range(grid):
+                for column in range(grid):
+                    frame = canvas[i, 28 * row:28 * row + 28, 28 * column:28 * column + 28].contiguous()
+                    assert lookup[frame.numpy().tobytes()] == cells[i, row, column]
+
+
+@pytest.mark.parametrize("phase", data.PHASES)
+def test_same_seed_same_canvases(drawn, phase):
+    first, again, other = (data.canvases(phase, *drawn, 20, seeded(seed), AUGMENTATION) for seed in (3, 3, 4))
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1]) and not torch.equal(first[0], other[0])
+
+
+def test_test_canvases_are_the_same_everywhere():
+    images, labels, _ = plates()
+    canvas, cells = data.test_canvases(1, images, labels)
+    assert torch.equal(canvas, images) and torch.equal(cells.flatten(), labels)
+    sums = {}
+    for phase in (2, 3):
+        torch.manual_seed(phase)  # the global generator has no say
+        canvas, cells = data.test_canvases(phase, images, labels)
+        assert len(canvas) == len(cells) == 10_000
+        sums[phase] = hashlib.sha256(canvas.contiguous().numpy().tobytes() + cells.numpy().tobytes()).hexdigest()[:16]
+    assert sums == TEST_SET_SUMS
+
+
+TEST_SET_SUMS = {2: "de604e99c8ab7f82", 3: "ff6142843dd54458"}
+
+
+@pytest.mark.parametrize("phase,options,words", [
+    (4, {}, "phase must be one of 1, 2, 3, not 4"),
+    (3, dict(size=60), "canvas size 60 is not a multiple of phase 3's cell of 8 px"),
+    (2, dict(size=64), "canvas size 64 is not a multiple of phase 2's cell of 28 px"),
+    (3, dict(max_digits=10), "max_digits must be from 1 to 9"),
+    (3, dict(max_digits=0), "max_digits must be from 1 to 9"),
+    (3, dict(min_distance=7), "min_distance 7 is below the cell"),
+    (3, dict(size=16), "what surely fits on a canvas of 16 px"),
+    (2, dict(max_digits=3), "a digit in every cell")])
+def test_canvases_refuse(phase, options, words):
+    with pytest.raises(ValueError, match=words):
+        data.canvases(phase, *plates()[:2], 5, seeded(), **options)
+
+
+def test_canvases_refuse_a_digit_without_ink():
+    with pytest.raises(ValueError, match="no ink"):
+        data.canvases(3, torch.zeros(3, 28, 28, dtype=torch.uint8), torch.arange(3), 5, seeded())
+
+
+def test_classes_come_from_the_labels():
+    images, _, _ = plates()
+    _, cells = data.canvases(3, images, torch.arange(200) % 26, 50, seeded())
+    assert cells.max() == 26 and data.canvas_options(3, images, torch.arange(200) % 26)["classes"] == 26
+
+
+def test_to_input():
+    inputs = data.to_input(torch.tensor([[[0, 255]]], dtype=torch.uint8))
+    assert inputs.shape == (1, 1, 1, 2) and inputs.dtype == torch.float32
+    torch.testing.assert_close(inputs.flatten(), torch.tensor([0, 1 / 0.3081]))
+
+
+def test_read():
+    logits = torch.zeros(2, 2, 3, 11)
+    logits[..., 10] = 9
+    logits[0, 1, 0, 4] = 20
+    logits[0, 0, 2, 7] = 10
+    readings = data.read(logits)
+    assert [reading[:3] for reading in readings[0]] == [(7, 0, 2), (4, 1, 0)] and readings[1] == []
+    assert readings[0][0][3] == pytest.approx(np.e / (np.e + 1 + 9 * np.exp(-9)), rel=1e-5)
+    assert [len(reading) for reading in data.read(logits, empty=None)] == [6, 6]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+CONFIGS = [dict(), dict(overlap=2), dict(class_token=True), dict(image_size=56, cell=28), dict(positions="rotary"),
+           dict(image_size=64, patch_size=8, overlap=4, cell=8, num_classes=11, positions="rotary"),
+           dict(image_size=64, patch_size=4, cell=8, num_classes=11), dict(in_channels=3, dropout=0.1, drop_path=0.1)]
+
+
+@pytest.mark.parametrize("fields", CONFIGS)
+def test_shapes_other_sizes_and_gradients(fields):
+    config = ViTConfig(dim=32, depth=2, **fields)
+    model = ViT(config)
+    side = config.cell or config.patch_size
+    for height, width in ((config.image_size,) * 2, (config.image_size + side, config.image_size), (side, 3 * side)):
+        logits = model(torch.randn(3, config.in_channels, height, width))
+        grid = (height // side, width // side) if config.cell else ()
+        assert logits.shape == (3, *grid, config.num_classes) and logits.isfinite().all()
+    F.cross_entropy(model(torch.randn(8, config.in_channels, *(config.image_size,) * 2)).flatten(0, -2),
+                    torch.arange(8).repeat_interleave((config.image_size // config.cell) ** 2 if config.cell else 1)).backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+    assert silent == []
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (1, 3, 28, 28), (1, 1, 29, 28), (1, 1, 28, 30), (1, 1, 0, 28)])
+def test_model_refuses_other_shapes(shape):
+    with pytest.raises(ValueError, match=r"expected images \(B, 1, H, W\) with H and W multiples of 7 px, got \("):
+        ViT(ViTConfig())(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("fields,words", [
+    (dict(image_size=30), "image_size 30 is not a multiple of patch_size 7"), (dict(dim=66), "dim 66 is not a multiple of heads 4"),
+    (dict(cell=10), "cell 10 must be a multiple"), (dict(depth=0), "depth must be a whole number from 1 up, not 0"),
+    (dict(dim=64.0), "dim must be a whole number"), (dict(dropout=1.0), "dropout must be"), (dict(mlp_ratio=0), "mlp_ratio"),
+    (dict(positions="sine"), 'positions must be "learned" or "rotary"'), (dict(positions="rotary", dim=24), "multiple of 4"),
+    (dict(class_token=True, cell=7), "class_token")])
+def test_config_refuses(fields, words):
+    with pytest.raises(ValueError, match=words):
+        ViTConfig(**fields)
+
+
+def test_rotary_scores_depend_on_the_distance_alone():
+    """Turning a query at (r, c) and a key at (r + i, c + j) leaves a product that depends on (i, j), not on (r, c)."""
+    from vit import rotary_table, rotate
+    cos, sin = rotary_table(6, 5, 16, "cpu")
+    query, key = torch.randn(16, generator=seeded()), torch.randn(16, generator=seeded(1))
+    scores = (rotate(query.expand(30, 16), cos, sin) @ rotate(key.expand(30, 16), cos, sin).T).view(6, 5, 6, 5)
+    torch.testing.assert_close(scores[0, 0, 2, 3], scores[3, 1, 5, 4])
+    torch.testing.assert_close(scores[2, 2, 1, 0], scores[5, 4, 4, 2])
+    assert (scores[0, 0, 2, 3] - scores[0, 0, 3, 2]).abs() > 1e-3
+
+
+def test_a_cell_reads_its_own_tokens():
+    """Without blocks in between, a cell's logits are the head of the mean of its own patches and nothing else."""
+    torch.manual_seed(0)
+    model = ViT(ViTConfig(image_size=16, patch_size=4, cell=8, dim=32, depth=1))
+    model.blocks = torch.nn.ModuleList()
+    images = torch.randn(2, 1, 16, 16)
+    tokens = model.norm(model.patch_embed(images) + model.pos_embed)    # (2, 16, 32), in reading order
+    upper_right = model.head(tokens[:, [2, 3, 6, 7]].mean(1))
+    torch.testing.assert_close(model(images)[:, 0, 1], upper_right)
+
+
+def test_forward_equals_one_written_out_plainly():
+    torch.manual_seed(0)
+    config = ViTConfig(image_size=16, patch_size=4, dim=24, depth=3, heads=3, class_token=True)
+    model, x = ViT(config).eval(), torch.randn(5, 1, 16, 16)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        w = model.state_dict()
+        patches = x.view(5, 4, 4, 4, 4).transpose(2, 3).reshape(5, 16, 16)
+        t = patches @ w["patch_embed.proj.weight"].view(24, 16).T + w["patch_embed.proj.bias"]
+        t = torch.cat((w["cls_token"].expand(5, 1, 24), t), 1) + w["pos_embed"]
+        normed = lambda t, name: (t - t.mean(-1, keepdim=True)) / (t.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt() * w[name + ".weight"] + w[name + ".bias"]
+        linear = lambda t, name: torch.einsum("bni,oi->bno", t, w[name + ".weight"]) + w[name + ".bias"]
+        for i in range(3):
+            q, k, v = linear(normed(t, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv").view(5, 17, 3, 3, 8).unbind(2)
+            a = (torch.einsum("bnhd,bmhd->bhnm", q, k) / 8**0.5).softmax(-1)
+            t = t + linear(torch.einsum("bhnm,bmhd->bnhd", a, v).reshape(5, 17, 24), f"blocks.{i}.attn.proj")
+            h = linear(normed(t, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1")
+            t = t + linear(h * (1 + torch.erf(h / 2**0.5)) / 2, f"blocks.{i}.mlp.fc2")
+        torch.testing.assert_close(model(x), linear(normed(t, "norm"), "head")[:, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_and_drop_path_rest_in_eval_mode():
+    torch.manual_seed(0)
+    model, x = ViT(ViTConfig(dropout=0.3, drop_path=0.3)), torch.randn(4, 1, 28, 28)
+    assert not torch.equal(model(x), model(x))
+    assert torch.equal(model.eval()(x), model(x))
+
+
+def test_load_runs_no_code(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "boom"),)
+    torch.save({"config": {}, "average": Bomb()}, tmp_path / "bomb.pt")
+    (tmp_path / "page.pt").write_bytes(b"<html>")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save({"config": {"wings": 2}, "average": {}}, tmp_path / "other.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"config": {"dim": 32}, "average": ViT(ViTConfig()).state_dict()}, tmp_path / "shapes.pt")
+    for path in tmp_path.glob("*.pt"):
+        with pytest.raises(ValueError, match="is not a checkpoint of this model") as caught:
+            ViT.load(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "boom").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# AdamW
+
+
+def test_flat_parameters_are_the_model():
+    model = ViT(ViTConfig(dim=32, depth=2, class_token=True))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    weights, gradients, matrices = train.flatten(model)
+    assert train.still_flat(model, weights, gradients)
+    assert all(p.data_ptr() % 64 == weights.data_ptr() % 64 for p in model.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    weights[:matrices] = 1
+    weights[matrices:] = 2
+    ones = {name for name, p in model.named_parameters() if (p == 1).all()}
+    assert ones == {name for name in before if name.endswith("weight") and "norm" not in name}
+    assert all((p == 2).all() for name, p in model.named_parameters() if name not in ones)
+    model.zero_grad()
+    assert not train.still_flat(model, weights, gradients)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_adamw_is_torchs(drawn, dtype, tolerance):
+    """The same 100 gradients of a real model into both."""
+    torch.manual_seed(0)
+    model = ViT(ViTConfig(dim=32, depth=2)).to(dtype)
+    theirs = ViT(model.config).to(dtype)
+    theirs.load_state_dict(model.state_dict())
+    groups = [{"params": [p for name, p in theirs.named_parameters() if train.decays(name, p)], "weight_decay": 0.1},
+              {"params": [p for name, p in theirs.named_parameters() if not train.decays(name, p)], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, foreach=False)
+    weights, gradients, matrices = train.flatten(model)
+    mean, square = torch.zeros_like(weights), torch.zeros_like(weights)
+    for step in range(1, 101):
+        canvas, cells = data.canvases(1, *drawn, 32, seeded(step))
+        gradients.zero_()
+        F.cross_entropy(model(data.to_input(canvas).to(dtype)), cells.flatten()).backward()
+        for (name, p), other in zip(model.named_parameters(), theirs.parameters()):
+            other.grad = p.grad.clone()
+        lr = 1e-3 * step / 100
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        train.adamw(weights, gradients, mean, square, step, matrices, lr, weight_decay=0.1, beta1=0.9, beta2=0.95)
+        for (name, p), other in zip(model.named_parameters(), theirs.parameters()):
+            torch.testing.assert_close(p, other, rtol=tolerance, atol=tolerance, msg=lambda m: f"step {step}, {name}: {m}")
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    settings = train.Settings(max_steps=100, lr=2.0, warmup=0.1)
+    rates = [train.learning_rate(step, settings) for step in range(101)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == 2.0 and rates[55] == pytest.approx(1.0) and rates[100] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Devices
+
+
+def test_device_and_dtype(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert train.pick_device("auto") == torch.device("cpu") and train.pick_device("cpu") == torch.device("cpu")
+    assert train.pick_dtype("auto", torch.device("cpu")) == train.pick_dtype("auto", torch.device("mps")) == torch.float32
+    assert train.pick_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    assert train.pick_device("auto").type == "mps"
+    for real in (True, False):  # a GPU that only emulates bfloat16 gets float32
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: real or including_emulation)
+        assert train.pick_dtype("auto", torch.device("cuda")) == (torch.bfloat16 if real else torch.float32)
+    with pytest.raises(ValueError, match="--device=nonsense cannot be used here"):
+        train.pick_device("nonsense")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@pytest.mark.parametrize("phase", data.PHASES)
+def test_overfits_64_canvases(drawn, phase):
+    torch.manual_seed(0)
+    spec = data.PHASES[phase]
+    canvas, cells = data.canvases(phase, *drawn, 64, seeded())
+    model = ViT(ViTConfig(image_size=spec.size, patch_size=spec.cell if spec.cell < 14 else 14, depth=2, cell=spec.cell, num_classes=11))
+    weights, gradients, matrices = train.flatten(model)
+    mean, square = torch.zeros_like(weights), torch.zeros_like(weights)
+    for step in range(1, 301):
+        gradients.zero_()
+        logits = model(data.to_input(canvas))
+        if torch.equal(logits.argmax(-1), cells):
+            return
+        F.cross_entropy(logits.flatten(0, 2), cells.flatten()).backward()
+        train.adamw(weights, gradients, mean, square, step, matrices, lr=2e-3, weight_decay=0.0, beta1=0.9, beta2=0.99)
+    pytest.fail(f"{(logits.argmax(-1) != cells).sum()} of {cells.numel()} cells still wrong after {step} steps")
+
+
+@pytest.fixture
+def few_digits(tmp_path, monkeypatch, drawn):
+    """A folder of a small data set, and flags for a run of seconds on it."""
+    folder = tmp_path / "digits"
+    folder.mkdir()
+    write_mnist(folder, drawn[0][:1500], drawn[1][:1500], "train")
+    write_mnist(folder, drawn[0][1500:], drawn[1][1500:], "test")
+    monkeypatch.setitem(data.PHASES, 3, data.PHASES[3]._replace(test_canvases=100))
+    monkeypatch.setitem(data.PHASES, 2, data.PHASES[2]._replace(test_canvases=100))
+    return [f"--data_dir={folder}", f"--out_dir={tmp_path / 'out'}", "--dim=16", "--depth=1", "--heads=1", "--batch_size=16",
+            "--log_every=4", "--save_every=0"]
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("phase", data.PHASES)
+def test_a_run_and_what_it_leaves(few_digits, tmp_path, phase, capsys):
+    train.main([*few_digits, f"--phase={phase}", "--max_steps=10", "--eval_every=5"])
+    lines = metrics(tmp_path / "out")
+    assert [(line["event"], line["step"]) for line in lines] == [
+        ("train", 4), ("train", 5), ("eval", 5), ("train", 8), ("train", 10), ("eval", 10)]
+    assert set(lines[0]) == {"event", "step", "seconds", "loss", "lr", "grad_norm", "images_per_second"}
+    last = lines[-1]
+    assert set(last) == {"event", "phase", "data", "step", "seconds", "train_seconds", "loss", "cell_accuracy",
+                         "digit_accuracy", "empty_accuracy", "exact_match", "final"}
+    assert last["final"] and not lines[2]["final"] and last["data"] == "mnist" and last["phase"] == phase
+    assert (last["empty_accuracy"] is None) == (phase != 3) and 0 <= last["exact_match"] <= last["cell_accuracy"] <= 1
+    printed = capsys.readouterr().out
+    assert all(words in printed for words in ("digit accuracy", "exact canvases", "images/s", str(tmp_path / "out" / "ckpt.pt")))
+    assert not list((tmp_path / "out").glob("*.part"))
+
+    model = ViT.load(tmp_path / "out" / "ckpt.pt")
+    assert not model.training
+    images, labels = data.load_mnist(few_digits[0].split("=")[1], "test")
+    options = {"classes": 10}
+    result = train.evaluate(model, *data.test_canvases(phase, images, labels, **options), 10, 16, torch.device("cpu"), torch.float32)
+    assert result["loss"] == pytest.approx(last["loss"]) and result["exact_match"] == last["exact_match"]
+
+    train.main([*few_digits, f"--phase={phase}", "--eval_only"])
+    assert f"{100 * last['digit_accuracy']:.2f}%" in capsys.readouterr().out and metrics(tmp_path / "out") == lines
+
+
+@pytest.mark.parametrize("phase", data.PHASES)
+def test_resume_is_the_run_that_was_never_stopped(few_digits, tmp_path, phase, monkeypatch):
+    flags = [*few_digits, f"--phase={phase}", "--max_steps=12", "--eval_every=6", "--dropout=0.1"]
+    train.main(flags)
+    whole, whole_lines = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True), metrics(tmp_path / "out")
+
+    class Stopped(Exception):
+        pass
+
+    def stop_at_9(step, settings, rate=train.learning_rate):
+        if step == 9:
+            raise Stopped
+        return rate(step, settings)
+
+    with monkeypatch.context() as patch:  # the last checkpoint is then that of step 8, and one line too many is logged
+        patch.setattr(train, "learning_rate", stop_at_9)
+        with pytest.raises(Stopped):
+            train.main(flags)
+    assert torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["step"] == 8
+    with open(tmp_path / "out" / "metrics.jsonl", "a") as file:
+        file.write('{"event": "train", "step": 9}\n')
+    train.main([*few_digits, f"--phase={phase}", "--resume"])  # the rest of the flags is in the checkpoint
+    resumed, lines = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True), metrics(tmp_path / "out")
+    for name in ("mean", "square", "step"):
+        assert torch.equal(torch.as_tensor(whole[name]), torch.as_tensor(resumed[name]))
+    for name in ("model", "average"):
+        assert all(torch.equal(tensor, resumed[name][key]) for key, tensor in whole[name].items())
+    timed = ("seconds", "train_seconds", "images_per_second")
+    assert [{k: v for k, v in line.items() if k not in timed} for line in lines] == \
+           [{k: v for k, v in line.items() if k not in timed} for line in whole_lines]
+
+
+def test_a_fresh_run_keeps_the_old_one_beside(few_digits, tmp_path, capsys):
+    train.main([*few_digits, "--phase=1", "--max_steps=2"])
+    old = {name: (tmp_path / "out" / name).read_bytes() for name in ("ckpt.pt", "metrics.jsonl")}
+    train.main([*few_digits, "--phase=1", "--max_steps=2", "--seed=1"])
+    for name, content in old.items():
+        assert (tmp_path / "out" / (name + ".prev")).read_bytes() == content != (tmp_path / "out" / name).read_bytes()
+    assert "kept as" in capsys.readouterr().out
+
+
+def test_resume_starts_where_there_is_nothing(few_digits, tmp_path):
+    train.main([*few_digits, "--phase=1", "--max_steps=2", "--resume"])
+    assert (tmp_path / "out" / "ckpt.pt").exists()
+
+
+def test_val_digits_train_nothing_and_are_not_the_test_set(few_digits, tmp_path, monkeypatch):
+    seen = []
+    draw = data.canvases
+
+    def spy(phase, images, labels, n, *rest, **options):
+        seen.append(len(images))
+        return draw(phase, images, labels, n, *rest, **options)
+
+    monkeypatch.setattr(data, "canvases", spy)
+    train.main([*few_digits, "--phase=3", "--max_steps=2", "--val_digits=300"])
+    assert seen == [300, 1200, 1200] and metrics(tmp_path / "out")[-1]["data"] == "mnist-val"
+
+
+def test_another_data_set(tmp_path, drawn, monkeypatch, capsys):
+    """26 classes in IDX files of the same names: the model has 27, the last of them "empty"."""
+    monkeypatch.setitem(data.PHASES, 3, data.PHASES[3]._replace(test_canvases=100))
+    for split in ("train", "test"):
+        write_mnist(tmp_path, drawn[0][:520], torch.arange(520) % 26, split)
+    train.main([f"--data_dir={tmp_path}", f"--out_dir={tmp_path}", "--dim=16", "--heads=1", "--depth=1", "--max_steps=2"])
+    assert ViT.load(tmp_path / "ckpt.pt").config.num_classes == 27
+
+
+def test_drawn_runs_say_so(tmp_path, capsys, monkeypatch, drawn):
+    monkeypatch.setattr(data, "drawn_digits", lambda n, seed: drawn)
+    train.main(["--data=drawn", "--phase=1", f"--out_dir={tmp_path}", "--dim=16", "--heads=1", "--depth=1", "--max_steps=2"])
+    assert "says nothing about MNIST" in capsys.readouterr().out
+    assert metrics(tmp_path)[-1]["data"] == "drawn" == torch.load(tmp_path / "ckpt.pt", weights_only=True)["data"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(few_digits, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*few_digits, "--phase=1", "--max_steps=40", "--lr=1e30", "--grad_clip=0"])
+    assert stopped.value.code == 1 and "try a lower --lr" in capsys.readouterr().err
+    saved = tmp_path / "out" / "ckpt.pt"
+    assert not saved.exists() or all(t.isfinite().all() for t in torch.load(saved, weights_only=True)["model"].values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line, as a user meets it
+
+
+def command(script, *flags, **environment):
+    return subprocess.run([sys.executable, HERE / script, *flags], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "2", **environment})
+
+
+@pytest.mark.parametrize("flags,words,code", [
+    (["--phsae=3"], "unknown argument --phsae=3, did you mean --phase?", 2), (["--phase=4"], "--phase must be one of 1, 2, 3, not 4", 2),
+    (["--lr=fast"], "argument --lr: invalid float value: 'fast'", 2), (["--lr=-1"], "--lr must be from 0", 2),
+    (["--batch_size", "0"], "--batch_size must be at least 1, not 0", 2), (["--dtype=float16"], "--dtype must be one of", 2),
+    (["--compile=maybe"], "expected true or false, not 'maybe'", 2), (["--epochs=1", "--max_steps=5"], "not both", 2),
+    (["--device=abacus"], "--device=abacus cannot be used here", 2), (["more"], "unknown argument more", 2),
+    (["--eval_only", "--out_dir=nowhere"], "there is no checkpoint", 1)])
+def test_errors_are_one_clear_line(flags, words, code, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(flags)
+    error = capsys.readouterr().err
+    assert stopped.value.code == code and words in error and error.count("\n") == 1 and error.startswith("train.py: ")
+
+
+@pytest.mark.parametrize("flags,words", [(["--dim=30"], "dim 30 is not a multiple of heads"), (["--canvas_size=60"], "multiple of phase 3's cell"),
+                                         (["--max_digits=20"], "max_digits must be from 1 to 9"), (["--val_digits=5000"], "leaves none of 1500")])
+def test_settings_that_do_not_go_together(few_digits, tmp_path, flags, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*few_digits, "--heads=4", "--phase=3", *flags])
+    assert stopped.value.code == 2 and words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_resume_refuses_another_model(few_digits, capsys):
+    train.main([*few_digits, "--phase=1", "--max_steps=2"])
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*few_digits, "--phase=1", "--resume", "--depth=2", "--mlp_ratio=3"])
+    assert stopped.value.code == 2 and "depth, mlp_ratio cannot change" in capsys.readouterr().err
+
+
+def test_help_explains_every_setting():
+    shown = command("train.py", "--help")
+    assert shown.returncode == 0
+    for field in train.fields(train.Settings):
+        assert f"--{field.name} " in shown.stdout
+    text = " ".join(shown.stdout.split())
+    assert "peak learning rate (default by phase: 1: " in text and "default: 0.05" in text
+
+
+def test_the_whole_way(tmp_path, drawn):
+    """train.py, then sample.py, in processes of their own, flags in both spellings, output into a pipe."""
+    write_mnist(tmp_path, *drawn, "train")
+    write_mnist(tmp_path, *drawn, "test")
+    ran = command("train.py", "--phase", "1", "--data_dir", tmp_path, f"--out_dir={tmp_path / 'out'}", "--max_steps=30", "--dim=32", "--depth=1")
+    assert ran.returncode == 0, ran.stderr
+    assert "\r" not in ran.stdout and "digit accuracy" in ran.stdout
+    shown = command("sample.py", f"--out_dir={tmp_path / 'out'}", f"--data_dir={tmp_path}", "--count=3")
+    assert shown.returncode == 0, shown.stderr
+    assert "test canvas 2" in shown.stdout and "read as" in shown.stdout and "█" in shown.stdout and "\033" not in shown.stdout
+    failed = command("sample.py", "--out_dir=nowhere")
+    assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and "train one" in failed.stderr
+
+
+def test_sample_marks_what_is_wrong():
+    import sample
+    truth = torch.full((8, 8), 10)
+    truth[1, 2], truth[5, 5] = 3, 4
+    lines = sample.compare([(3, 1, 2, 0.99), (7, 6, 0, 0.5)], truth, 10)
+    assert lines == ["  row 1 column 2: 3, read as 3 (99.0%)", "  row 5 column 5: 4, read as nothing   <-- wrong",
+                     "  row 6 column 0: nothing, read as 7 (50.0%)   <-- wrong"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real digits
+
+
+@needs_mnist
+@pytest.mark.parametrize("phase,flags,least", [(1, ["--max_steps=200"], 0.9), (2, ["--max_steps=150", "--batch_size=64"], 0.5),
+                                               (3, ["--max_steps=200", "--dim=64", "--batch_size=64"], 0.3)])
+def test_learns_real_digits(tmp_path, phase, flags, least):
+    train.main([f"--data_dir={os.environ['MNIST_DIR']}", "--data=mnist", f"--phase={phase}", f"--out_dir={tmp_path}", "--eval_every=0", *flags])
+    assert metrics(tmp_path)[-1]["digit_accuracy"] > least
+
+
+@needs_mnist
+def test_real_test_canvases_are_the_same_everywhere():
+    images, labels = data.load_mnist(os.environ["MNIST_DIR"], "test")
+    _, cells = data.test_canvases(3, images, labels)
+    assert (cells != 10).sum().item() == 0
