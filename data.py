@@ -396,6 +396,11 @@ def lattice_lines(size, ink, min_distance):
     return 0 if size < ink else (2 * (size - ink)) // (2 * min_distance + 1) + 1
 
 
+def most_digits(options):
+    """How many digits surely fit on a canvas of such options."""
+    return lattice_lines(options["size"], options["ink"], options["min_distance"]) ** 2
+
+
 def place(box, present, size, min_distance, ink, generator, sweeps=3, tries=32):
     """Centres (n, k, 2) for ink boxes (n, k, 2), in half px, uniform over all layouts that keep min_distance.
 

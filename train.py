@@ -76,6 +76,7 @@ class Settings:
     canvas_size: Optional[int] = None       # px, side of the canvas (default: the phase's)
     max_digits: Optional[int] = None        # phase 3: most digits on a canvas (default: 5)
     min_distance: Optional[int] = None      # px, phase 3: between digits' centres (default: so that ink never overlaps)
+    train_digits: Optional[int] = None      # phase 3: most digits on a training canvas, as far as they surely fit
     rotate: float = 10.0                    # degrees, most that a training digit is turned
     scale: float = 0.1                      # share, most that it is scaled up or down
     shear: float = 0.1                      # share, most that it is sheared
@@ -86,7 +87,7 @@ class Settings:
 DEFAULTS = {
     1: dict(max_steps=6_000, batch_size=128, eval_every=2_000, lr=4e-3, patch_size=7, overlap=2, dim=64, depth=4, heads=4, positions="learned"),
     2: dict(max_steps=2_000, batch_size=128, eval_every=1_000, lr=4e-3, patch_size=7, overlap=2, dim=64, depth=4, heads=4, positions="learned"),
-    3: dict(max_steps=1_000, batch_size=128, eval_every=500, lr=3e-3, patch_size=8, overlap=4, dim=96, depth=4, heads=4, positions="rotary"),
+    3: dict(max_steps=1_000, batch_size=128, eval_every=500, lr=3e-3, patch_size=8, overlap=4, dim=96, depth=4, heads=4, positions="rotary", train_digits=9),
 }
 
 
@@ -101,7 +102,7 @@ def fail(message, code):
 
 
 def parse(arguments):
-    """Flags -> the settings that they give, as a dict. The flags are the fields of Settings, and its comments the help."""
+    """Flags -> the settings that they give, a dict. The flags are the fields of Settings, and its comments the help."""
     comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(Settings), re.MULTILINE))
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -129,7 +130,7 @@ def truth(text):
     return text.lower() in ("true", "1", "yes")
 
 
-def settle(given, saved={}):
+def settle(given, saved):
     """The settings of a run: defaults, those of its phase, those of the run it goes on from, those given as flags."""
     phase = given.get("phase", Settings.phase)
     if phase not in DEFAULTS:
@@ -341,45 +342,50 @@ def main(arguments=None):
 
 
 def run(given):
-    started = time.perf_counter()
-    settings, checkpoint = settle(given), None
+    settings, checkpoint = settle(given, {}), None
     path = Path(settings.out_dir) / "ckpt.pt"
     if settings.eval_only or settings.resume and path.exists():
         checkpoint = load_checkpoint(path, settings.phase)
         settings = settle(given, checkpoint["settings"])
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
-
-    # Digits and canvases. Validation digits are the last of the training digits, which then train nothing.
-    images, labels, kind = data.load_digits(settings.data, settings.data_dir, "train")
-    if settings.val_digits:
-        if settings.val_digits >= len(images):
-            raise ValueError(f"--val_digits={settings.val_digits} leaves none of {len(images)} digits for training")
-        held_back = images[-settings.val_digits:], labels[-settings.val_digits:]
-        images, labels = images[:-settings.val_digits], labels[:-settings.val_digits]
-    else:
-        held_back = data.load_digits(kind, settings.data_dir, "test")[:2]
+    digits, options, test_set, kind = prepare(settings)
     if checkpoint and checkpoint["data"] != kind:
         raise ValueError(f"{path} was trained on {checkpoint['data']} digits, these are {kind} ones")
-    canvas = {"size": settings.canvas_size, "max_digits": settings.max_digits, "min_distance": settings.min_distance}
-    options = data.canvas_options(settings.phase, images, labels, **canvas)
-    classes = options["classes"]
-    if held_back[1].max() >= classes:
-        raise ValueError(f"the test labels go up to {held_back[1].max()}, the training labels to {classes - 1}")
-    test_set = data.test_canvases(settings.phase, *held_back, **canvas, classes=classes)
-    images, labels = images.to(device), labels.to(device)
-    augmentation = {name: getattr(settings, name) for name in ("rotate", "scale", "shear", "shift")}
 
-    def evaluation(model, **rest):
-        result = evaluate(model, *test_set, classes, settings.batch_size, device, dtype)
-        return {"event": "eval", "phase": settings.phase, "data": kind + "-val" * bool(settings.val_digits), **rest, **result}
+    def evaluation(model, **when):
+        result = evaluate(model, *test_set, options["classes"], settings.batch_size, device, dtype)
+        return {"event": "eval", "phase": settings.phase, "data": kind + "-val" * bool(settings.val_digits), **when, **result}
 
     if settings.eval_only:
         print(table(evaluation(ViT.load(path).to(device)), {"checkpoint": path}))
-        return
+    else:
+        train(settings, checkpoint, path, device, dtype, digits, options, evaluation, kind)
 
+
+def prepare(settings):
+    """The digits to train on, the options of the canvases, the canvases to evaluate on, and the kind of the digits."""
+    images, labels, kind = data.load_digits(settings.data, settings.data_dir, "train")
+    if settings.val_digits >= len(images):
+        raise ValueError(f"--val_digits={settings.val_digits} leaves none of {len(images)} digits for training")
+    if settings.val_digits:  # the last ones, which then train nothing
+        test_digits = images[-settings.val_digits:], labels[-settings.val_digits:]
+        images, labels = images[:-settings.val_digits], labels[:-settings.val_digits]
+    else:
+        test_digits = data.load_digits(kind, settings.data_dir, "test")[:2]
+    canvas = {"size": settings.canvas_size, "max_digits": settings.max_digits, "min_distance": settings.min_distance}
+    options = data.canvas_options(settings.phase, images, labels, **canvas)
+    if test_digits[1].max() >= options["classes"]:
+        raise ValueError(f"test labels go up to {test_digits[1].max()}, training labels only to {options['classes'] - 1}")
+    test_set = data.test_canvases(settings.phase, *test_digits, **canvas, classes=options["classes"])
+    return (images, labels), options, test_set, kind
+
+
+def train(settings, checkpoint, path, device, dtype, digits, options, evaluation, kind):
+    """The run itself, from its first step or from a checkpoint's."""
+    started = time.perf_counter()
     # The model, the moving average of its weights as a second model, and the flat buffers of both
-    config = ViTConfig(image_size=options["size"], num_classes=classes + data.has_empty_cells(settings.phase),
+    config = ViTConfig(image_size=options["size"], num_classes=options["classes"] + data.has_empty_cells(settings.phase),
                        cell=data.PHASES[settings.phase].cell, **{name: getattr(settings, name) for name in (
                            "patch_size", "overlap", "dim", "depth", "heads", "mlp_ratio", "positions", "dropout", "drop_path")})
     torch.manual_seed(settings.seed)
@@ -406,12 +412,16 @@ def run(given):
             if old.exists():
                 os.replace(old, f"{old}.prev")
                 print(f"{old} is another run's: kept as {old}.prev")
-    print(f"phase {settings.phase}: {options['size']} x {options['size']} px, {len(images):,} {kind} digits for training, "
-          f"{len(test_set[0]):,} {'validation' if settings.val_digits else 'test'} canvases\n"
+    print(f"phase {settings.phase}: {options['size']} x {options['size']} px, {len(digits[0]):,} {kind} digits for training\n"
           f"model: {sum(p.numel() for p in model.parameters()):,} parameters on {device}, {str(dtype).split('.')[1]}, "
           f"{'compiled' if settings.compile else 'not compiled'}\n"
           f"run: step {step:,} to {settings.max_steps:,}, {settings.batch_size} canvases each, seed {settings.seed}, in {path.parent}")
 
+    images, labels = (tensor.to(device) for tensor in digits)
+    train_options = dict(options)
+    if settings.train_digits and "max_digits" in options:  # more digits a canvas than are evaluated teach more a second
+        train_options["max_digits"] = max(options["max_digits"], min(settings.train_digits, data.most_digits(options)))
+    augmentation = {name: getattr(settings, name) for name in ("rotate", "scale", "shear", "shift")}
     forward = torch.compile(model) if settings.compile else model
     if settings.compile:  # now, so that the clock of the training does not count it
         forward(torch.zeros(settings.batch_size, 1, options["size"], options["size"], device=device)).sum().backward()
@@ -423,7 +433,8 @@ def run(given):
         while step < settings.max_steps:
             # Draw, forward, backward
             generator = random_stream(device, settings.seed, step, "canvases")
-            canvas, cells = data.canvases(settings.phase, images, labels, settings.batch_size, generator, augmentation, **options)
+            canvas, cells = data.canvases(settings.phase, images, labels, settings.batch_size, generator, augmentation,
+                                           **train_options)
             torch.manual_seed(random_stream("cpu", settings.seed, step, "dropout").initial_seed())
             model.train()
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -442,13 +453,14 @@ def run(given):
             average.lerp_(weights, 1 - min(settings.average, step / (step + 10)))  # early on, a shorter one
 
             # Log, evaluate, save
-            digit = cells < classes
-            sums += torch.stack((loss.detach(), digit.sum(), (digit & (logits.argmax(-1) == cells)).sum()))
+            digit = cells < options["classes"]
+            right = digit & (logits.argmax(-1) == cells)
+            sums += torch.stack((loss.detach(), digit.sum(), right.sum()))
             final = step == settings.max_steps
             evaluate_now = final or settings.eval_every and step % settings.eval_every == 0
             if not (evaluate_now or step % settings.log_every == 0):
                 continue
-            loss_sum, digits, right = sums.tolist()
+            loss_sum, digits_seen, digits_right = sums.tolist()
             sums.zero_()
             now = time.perf_counter()
             train_seconds, spent, mark = train_seconds + now - mark, now - mark, now
@@ -460,7 +472,7 @@ def run(given):
                                          f"{lr:.2g}: try a lower --lr; {path} is from an earlier step, if it is there")
             print(json.dumps(line), file=log, flush=True)
             shown = show(f"step {step:,}/{settings.max_steps:,}  loss {line['loss']:.4f}  {kind} digits right in training "
-                         f"{percent(right / max(digits, 1))}  {line['images_per_second']:,.0f} images/s  "
+                         f"{percent(digits_right / max(digits_seen, 1))}  {line['images_per_second']:,.0f} images/s  "
                          f"ETA {clock(train_seconds / step * (settings.max_steps - step))}", shown)
             if evaluate_now:
                 result = evaluation(averaged, step=step, seconds=seconds_before + time.perf_counter() - started,
