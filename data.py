@@ -239,6 +239,20 @@ def drawn_digits(n, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 # Augmentation, for training only
 
+def ink_span(images):
+    """Where the ink (values above 0) of each line in the last dimension begins, and how long it is to its end."""
+    ink = (images > 0).byte()
+    begin, rest = ink.argmax(-1), ink.flip(-1).argmax(-1)
+    return begin, (ink.shape[-1] - rest - begin) * ink.amax(-1)
+
+
+def ink_box(images):
+    """The box around the ink of images (n, h, w): top, left, height, width, each (n,), px."""
+    top, height = ink_span(images.amax(2))
+    left, width = ink_span(images.amax(1))
+    return top, left, height, width
+
+
 def augment(images, generator, rotate=0.0, scale=0.0, shear=0.0, shift=0.0, side=FRAME):
     """Each digit turned by up to `rotate` degrees, scaled and sheared by up to those shares, moved by up to `shift` px.
 
@@ -257,24 +271,24 @@ def augment(images, generator, rotate=0.0, scale=0.0, shear=0.0, shift=0.0, side
     matrix = matrix * size[:, :, None]                                          # (n, 2, 2)
     # How far the ink will reach: its outline is where each row's ink begins and ends, and bilinear interpolation
     # spreads a pixel by less than one source pixel each way.
-    ink = images > 0
-    row_has_ink = ink.any(2)
-    begin = ink.byte().argmax(2)
-    end = FRAME - 1 - ink.flip(2).byte().argmax(2)
-    x = torch.cat((begin, end), 1) - (FRAME - 1) / 2                            # (n, 56)
-    y = torch.arange(FRAME, device=device).repeat(2) - (FRAME - 1) / 2          # (56,)
-    outline = matrix[:, :, :1] * x[:, None] + matrix[:, :, 1:] * y              # (n, 2, 56)
-    blank = ~row_has_ink.repeat(1, 2)[:, None]
-    spread = matrix.abs().sum(2)                                                # (n, 2)
-    low = outline.masked_fill(blank, math.inf).amin(2) - spread
-    high = outline.masked_fill(blank, -math.inf).amax(2) + spread
-    shrink = (side / (high - low).amax(1)).clamp(max=1)
-    matrix, low, high = matrix * shrink[:, None, None], low * shrink[:, None], high * shrink[:, None]
+    middle = (FRAME - 1) / 2
+    begin, length = ink_span(images)                                            # of each row: (n, 28)
+    blank = length == 0
+    y = torch.arange(FRAME, device=device) - middle                             # (28,)
+    reach = []
+    for across, down in (matrix[:, 0].unbind(-1), matrix[:, 1].unbind(-1)):     # along x, along y
+        ends = [across[:, None] * (x - middle) + down[:, None] * y for x in (begin, begin + length - 1)]
+        spread = across.abs() + down.abs()
+        reach.append((torch.minimum(*ends).masked_fill(blank, math.inf).amin(1) - spread,
+                      torch.maximum(*ends).masked_fill(blank, -math.inf).amax(1) + spread))
+    low, high = (torch.stack(ends, dim=-1) for ends in zip(*reach))             # (n, 2)
+    shrink = (side / (high - low).amax(1)).clamp(max=1)[:, None]
+    matrix, low, high = matrix * shrink[:, None], low * shrink, high * shrink
     move = torch.minimum(torch.maximum(uniform(shift, 2), -FRAME / 2 - low), FRAME / 2 - high)
-    # grid_sample asks the other way about: for each pixel drawn, where in the source it comes from, in half frames.
-    inverse = torch.linalg.inv(matrix)
-    theta = torch.cat((inverse, -inverse @ move[:, :, None] / (FRAME / 2)), dim=2)
-    grid = F.affine_grid(theta, [n, 1, FRAME, FRAME], align_corners=False)
+    # grid_sample asks the other way about: where in the source each pixel drawn comes from, in half frames.
+    inverse = torch.linalg.inv(matrix)[..., None, None] / (FRAME / 2)           # (n, 2, 2, 1, 1)
+    x, y = (y - move[:, :1])[:, None, :], (y - move[:, 1:])[:, :, None]         # (n, 1, 28), (n, 28, 1)
+    grid = torch.stack([inverse[:, i, 0] * x + inverse[:, i, 1] * y for i in (0, 1)], dim=-1)
     drawn = F.grid_sample(images[:, None].float(), grid, align_corners=False)[:, 0]
     return drawn.round().byte()
 
@@ -297,17 +311,6 @@ PHASES = {1: Phase(size=28, cell=28, max_digits=None, test_canvases=None),
 def has_empty_cells(phase):
     """Whether cells may be empty: "empty" is then the class after those of the digits."""
     return PHASES[phase].max_digits is not None
-
-
-def ink_box(images):
-    """The box around the ink (pixels above 0) of images (n, h, w): top, left, height, width, each (n,), px."""
-    ink = images > 0
-    edges = []
-    for lines in (ink.any(2), ink.any(1)):
-        first = lines.byte().argmax(1)
-        edges += [first, lines.shape[1] - lines.flip(1).byte().argmax(1) - first]
-    top, height, left, width = edges
-    return top, left, height, width
 
 
 def canvas_options(phase, images, labels, size=None, max_digits=None, min_distance=None, classes=None, ink=None):
@@ -413,26 +416,30 @@ def place(box, present, size, min_distance, ink, generator, sweeps=3, tries=32):
     device, apart, lines = box.device, 2 * min_distance, lattice_lines(size, ink, min_distance)
 
     def below(limit, *shape):  # whole numbers from 0 to limit - 1
-        return (torch.rand(n, *shape, generator=generator, device=device) * limit).long()
+        return (torch.rand(n, *shape, generator=generator, device=device) * limit).int()
 
     slack = 2 * (size - ink) - (lines - 1) * (apart + 1)
     site = torch.rand(n, lines * lines, generator=generator, device=device).argsort(dim=1, stable=True)[:, :k]
     row, column = site // lines, site % lines
     row_jitter = below(slack + 1, lines).sort(1).values                     # (n, lines)
     column_jitter = below(slack + 1, lines, lines).sort(2).values           # (n, lines, lines): its own in every row
-    jitter = torch.stack((row_jitter.gather(1, row), column_jitter.flatten(1).gather(1, site)), dim=-1)
-    centre = ink + torch.stack((row, column), dim=-1) * (apart + 1) + jitter
-    centre = centre - (centre - box) % 2                                    # an even box has its centre on whole px
+    row = ink + row * (apart + 1) + row_jitter.gather(1, row)
+    column = ink + column * (apart + 1) + column_jitter.flatten(1).gather(1, site)
+    height, width = box.unbind(-1)
+    row, column = row - (row - height) % 2, column - (column - width) % 2   # an even box has its centre on whole px
+    absent = ~present[:, :, None]
     for i in list(range(k)) * sweeps:
-        box_i = box[:, i, None]                                             # (n, 1, 2)
-        new = box_i + 2 * below(size - box_i + 1, tries, 2)                 # (n, tries, 2)
-        gap = (new[:, :, None] - centre[:, None]).abs().amax(-1)            # (n, tries, k)
-        clear = (gap >= apart) | ~present[:, None]
-        clear[:, :, i] = True
-        free = clear.all(2)
-        first = free.byte().argmax(1)[:, None, None].expand(-1, 1, 2)
-        centre[:, i] = torch.where(free.any(1)[:, None], new.gather(1, first)[:, 0], centre[:, i])
-    return centre
+        new_row = height[:, i, None] + 2 * below(size - height[:, i, None] + 1, tries)    # (n, tries)
+        new_column = width[:, i, None] + 2 * below(size - width[:, i, None] + 1, tries)
+        clear = ((new_row[:, None] - row[:, :, None]).abs() >= apart) | \
+                ((new_column[:, None] - column[:, :, None]).abs() >= apart) | absent      # (n, k, tries)
+        clear[:, i] = True                                                  # of itself
+        free = clear.all(1)
+        first = free.byte().argmax(1, keepdim=True)                         # 0 where none is free: then it stays
+        moves = free.gather(1, first)
+        row[:, i, None] = torch.where(moves, new_row.gather(1, first), row[:, i, None])
+        column[:, i, None] = torch.where(moves, new_column.gather(1, first), column[:, i, None])
+    return torch.stack((row, column), dim=-1)
 
 
 def paste(digits, corner, size):
