@@ -281,7 +281,7 @@ def augment(images, generator, rotate=0.0, scale=0.0, shear=0.0, shift=0.0, side
         spread = across.abs() + down.abs()
         reach.append((torch.minimum(*ends).masked_fill(blank, math.inf).amin(1) - spread,
                       torch.maximum(*ends).masked_fill(blank, -math.inf).amax(1) + spread))
-    low, high = (torch.stack(ends, dim=-1) for ends in zip(*reach))             # (n, 2)
+    low, high = (torch.stack(ends, dim=-1).nan_to_num(posinf=0, neginf=0) for ends in zip(*reach))  # (n, 2); 0: no ink
     shrink = (side / (high - low).amax(1)).clamp(max=1)[:, None]
     matrix, low, high = matrix * shrink[:, None], low * shrink, high * shrink
     move = torch.minimum(torch.maximum(uniform(shift, 2), -FRAME / 2 - low), FRAME / 2 - high)

@@ -276,6 +276,8 @@ def test_augment_moves_ink_but_keeps_it_whole_and_small(drawn):
 
 def test_augment_of_nothing_is_nothing(drawn):
     assert torch.equal(data.augment(drawn[0], seeded()), drawn[0])
+    blank = torch.zeros(3, 28, 28, dtype=torch.uint8)
+    assert torch.equal(data.augment(blank, seeded(), **AUGMENTATION), blank)
 
 
 def test_augment_turns_and_scales():
