@@ -683,8 +683,9 @@ def test_a_run_and_what_it_leaves(few_digits, tmp_path, phase, capsys):
     result = train.evaluate(model, *data.test_canvases(phase, images, labels, **options), 10, 16, torch.device("cpu"), torch.float32)
     assert result["loss"] == pytest.approx(last["loss"]) and result["exact_match"] == last["exact_match"]
 
-    train.main([*few_digits, f"--phase={phase}", "--eval_only"])
-    assert f"{100 * last['digit_accuracy']:.2f}%" in capsys.readouterr().out and metrics(tmp_path / "out") == lines
+    for again in ("--eval_only", "--resume"):  # a finished run has nothing to go on with
+        train.main([*few_digits, f"--phase={phase}", again, "--max_steps=10"])
+        assert f"{100 * last['digit_accuracy']:.2f}%" in capsys.readouterr().out and metrics(tmp_path / "out") == lines
 
 
 @pytest.mark.parametrize("phase", data.PHASES)
@@ -758,7 +759,7 @@ def test_another_data_set(tmp_path, drawn, monkeypatch, capsys):
 def test_drawn_runs_say_so(tmp_path, capsys, monkeypatch, drawn):
     monkeypatch.setattr(data, "drawn_digits", lambda n, seed: drawn)
     train.main(["--data=drawn", "--phase=1", f"--out_dir={tmp_path}", "--dim=16", "--heads=1", "--depth=1", "--max_steps=2"])
-    assert "says nothing about MNIST" in capsys.readouterr().out
+    assert "this says nothing about MNIST" in capsys.readouterr().out
     assert metrics(tmp_path)[-1]["data"] == "drawn" == torch.load(tmp_path / "ckpt.pt", weights_only=True)["data"]
 
 

@@ -227,12 +227,6 @@ def pick_dtype(name, device):
     return torch.float32
 
 
-def wait_for(device):
-    """Wait until an accelerator has done what it was given, so that the clock tells the truth."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop and what surrounds it
 
@@ -320,11 +314,29 @@ def percent(share):
 
 def table(result, rows):
     """The figures of an evaluation and some more, a line each."""
-    mark = "" if result["data"].startswith("mnist") else f"   ({result['data']} digits: says nothing about MNIST)"
+    mark = "" if result["data"].startswith("mnist") else f"   ({result['data']} digits: this says nothing about MNIST)"
     rows = {**{title: percent(result[key]) + mark for title, key in (
         ("digit accuracy", "digit_accuracy"), ("empty accuracy", "empty_accuracy"), ("cell accuracy", "cell_accuracy"),
         ("exact canvases", "exact_match"))}, **rows}
     return "\n".join(f"{title:>16}  {value}" for title, value in rows.items())
+
+
+def prepare(settings):
+    """The digits to train on, the canvases to evaluate on, the options of both, and the kind of the digits."""
+    images, labels, kind = data.load_digits(settings.data, settings.data_dir, "train")
+    if settings.val_digits >= len(images):
+        raise ValueError(f"--val_digits={settings.val_digits} leaves none of {len(images)} digits for training")
+    if settings.val_digits:  # the last ones, which then train nothing
+        test_digits = images[-settings.val_digits:], labels[-settings.val_digits:]
+        images, labels = images[:-settings.val_digits], labels[:-settings.val_digits]
+    else:
+        test_digits = data.load_digits(kind, settings.data_dir, "test")[:2]
+    canvas = {"size": settings.canvas_size, "max_digits": settings.max_digits, "min_distance": settings.min_distance}
+    options = data.canvas_options(settings.phase, images, labels, **canvas)
+    if test_digits[1].max() >= options["classes"]:
+        raise ValueError(f"test labels go up to {test_digits[1].max()}, training labels only to {options['classes'] - 1}")
+    test_set = data.test_canvases(settings.phase, *test_digits, **canvas, classes=options["classes"])
+    return (images, labels), test_set, options, kind
 
 
 def main(arguments=None):
@@ -342,6 +354,8 @@ def main(arguments=None):
 
 
 def run(given):
+    # Settings, and the checkpoint to go on from
+    started = time.perf_counter()
     settings, checkpoint = settle(given, {}), None
     path = Path(settings.out_dir) / "ckpt.pt"
     if settings.eval_only or settings.resume and path.exists():
@@ -349,45 +363,27 @@ def run(given):
         settings = settle(given, checkpoint["settings"])
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
-    digits, options, test_set, kind = prepare(settings)
+
+    # Digits, canvases, model
+    digits, test_set, options, kind = prepare(settings)
     if checkpoint and checkpoint["data"] != kind:
         raise ValueError(f"{path} was trained on {checkpoint['data']} digits, these are {kind} ones")
+    config = ViTConfig(image_size=options["size"], num_classes=options["classes"] + data.has_empty_cells(settings.phase),
+                       cell=data.PHASES[settings.phase].cell, **{name: getattr(settings, name) for name in (
+                           "patch_size", "overlap", "dim", "depth", "heads", "mlp_ratio", "positions", "dropout", "drop_path")})
+    changed = [name for name, value in asdict(config).items() if checkpoint and checkpoint["config"].get(name) != value]
+    if changed and not settings.eval_only:
+        raise ValueError(f"{path} has another model: {', '.join(changed)} cannot change in a resumed run")
 
     def evaluation(model, **when):
         result = evaluate(model, *test_set, options["classes"], settings.batch_size, device, dtype)
         return {"event": "eval", "phase": settings.phase, "data": kind + "-val" * bool(settings.val_digits), **when, **result}
 
-    if settings.eval_only:
+    if settings.eval_only or checkpoint and checkpoint["step"] >= settings.max_steps:
         print(table(evaluation(ViT.load(path).to(device)), {"checkpoint": path}))
-    else:
-        train(settings, checkpoint, path, device, dtype, digits, options, evaluation, kind)
+        return
 
-
-def prepare(settings):
-    """The digits to train on, the options of the canvases, the canvases to evaluate on, and the kind of the digits."""
-    images, labels, kind = data.load_digits(settings.data, settings.data_dir, "train")
-    if settings.val_digits >= len(images):
-        raise ValueError(f"--val_digits={settings.val_digits} leaves none of {len(images)} digits for training")
-    if settings.val_digits:  # the last ones, which then train nothing
-        test_digits = images[-settings.val_digits:], labels[-settings.val_digits:]
-        images, labels = images[:-settings.val_digits], labels[:-settings.val_digits]
-    else:
-        test_digits = data.load_digits(kind, settings.data_dir, "test")[:2]
-    canvas = {"size": settings.canvas_size, "max_digits": settings.max_digits, "min_distance": settings.min_distance}
-    options = data.canvas_options(settings.phase, images, labels, **canvas)
-    if test_digits[1].max() >= options["classes"]:
-        raise ValueError(f"test labels go up to {test_digits[1].max()}, training labels only to {options['classes'] - 1}")
-    test_set = data.test_canvases(settings.phase, *test_digits, **canvas, classes=options["classes"])
-    return (images, labels), options, test_set, kind
-
-
-def train(settings, checkpoint, path, device, dtype, digits, options, evaluation, kind):
-    """The run itself, from its first step or from a checkpoint's."""
-    started = time.perf_counter()
-    # The model, the moving average of its weights as a second model, and the flat buffers of both
-    config = ViTConfig(image_size=options["size"], num_classes=options["classes"] + data.has_empty_cells(settings.phase),
-                       cell=data.PHASES[settings.phase].cell, **{name: getattr(settings, name) for name in (
-                           "patch_size", "overlap", "dim", "depth", "heads", "mlp_ratio", "positions", "dropout", "drop_path")})
+    # The moving average of the weights is a second model; both are on flat buffers
     torch.manual_seed(settings.seed)
     model = ViT(config).to(device)
     averaged = copy.deepcopy(model).eval()
@@ -397,9 +393,6 @@ def train(settings, checkpoint, path, device, dtype, digits, options, evaluation
     step, seconds_before, train_seconds = 0, 0.0, 0.0
     log_path = path.with_name("metrics.jsonl")
     if checkpoint:
-        changed = [name for name, value in asdict(config).items() if checkpoint["config"].get(name) != value]
-        if changed:
-            raise ValueError(f"{path} has another model: {', '.join(changed)} cannot change in a resumed run")
         model.load_state_dict(checkpoint["model"])
         averaged.load_state_dict(checkpoint["average"])
         mean.copy_(checkpoint["mean"])
@@ -412,11 +405,12 @@ def train(settings, checkpoint, path, device, dtype, digits, options, evaluation
             if old.exists():
                 os.replace(old, f"{old}.prev")
                 print(f"{old} is another run's: kept as {old}.prev")
+
+    # Train
     print(f"phase {settings.phase}: {options['size']} x {options['size']} px, {len(digits[0]):,} {kind} digits for training\n"
           f"model: {sum(p.numel() for p in model.parameters()):,} parameters on {device}, {str(dtype).split('.')[1]}, "
           f"{'compiled' if settings.compile else 'not compiled'}\n"
           f"run: step {step:,} to {settings.max_steps:,}, {settings.batch_size} canvases each, seed {settings.seed}, in {path.parent}")
-
     images, labels = (tensor.to(device) for tensor in digits)
     train_options = dict(options)
     if settings.train_digits and "max_digits" in options:  # more digits a canvas than are evaluated teach more a second
@@ -426,9 +420,7 @@ def train(settings, checkpoint, path, device, dtype, digits, options, evaluation
     if settings.compile:  # now, so that the clock of the training does not count it
         forward(torch.zeros(settings.batch_size, 1, options["size"], options["size"], device=device)).sum().backward()
     sums, since = torch.zeros(3, device=device), step  # of loss, digits and digits read right, since the last log line
-    result, shown, saved = None, time.perf_counter(), time.perf_counter()
-    wait_for(device)
-    mark = time.perf_counter()
+    mark = shown = saved = time.perf_counter()
     with open(log_path, "a") as log:
         while step < settings.max_steps:
             # Draw, forward, backward
@@ -489,7 +481,6 @@ def train(settings, checkpoint, path, device, dtype, digits, options, evaluation
                             "train_seconds": train_seconds, "model": model.state_dict(), "average": averaged.state_dict(),
                             "mean": mean, "square": square})
                 saved = time.perf_counter()
-    result = result or evaluation(averaged)
     print(table(result, {"training": f"{train_seconds:.1f} s", "images/s": f"{step * settings.batch_size / train_seconds:,.0f}",
                          "checkpoint": path}))
 
