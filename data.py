@@ -253,11 +253,12 @@ def ink_box(images):
     return top, left, height, width
 
 
-def augment(images, generator, rotate=0.0, scale=0.0, shear=0.0, shift=0.0, side=FRAME):
-    """Each digit turned by up to `rotate` degrees, scaled and sheared by up to those shares, moved by up to `shift` px.
+def augment(images, generator, rotate=0.0, scale=0.0, shear=0.0, shift=0.0, elastic=0.0, side=FRAME):
+    """Each digit turned by up to `rotate` degrees, scaled and sheared by up to those shares, moved by up to `shift` px
+    and bent by up to `elastic` px (Simard 2003: displacements that change smoothly over the image).
 
     images: uint8 (n, 28, 28), and the same comes back. A digit whose ink would grow past `side` px, or leave the
-    frame, is scaled down or moved back until it does not.
+    frame, is scaled down or moved back until it does not; what bending alone still carries past `side` is cut off.
     """
     n, device = len(images), images.device
 
@@ -289,7 +290,15 @@ def augment(images, generator, rotate=0.0, scale=0.0, shear=0.0, shift=0.0, side
     inverse = torch.linalg.inv(matrix)[..., None, None] / (FRAME / 2)           # (n, 2, 2, 1, 1)
     x, y = (y - move[:, :1])[:, None, :], (y - move[:, 1:])[:, :, None]         # (n, 1, 28), (n, 28, 1)
     grid = torch.stack([inverse[:, i, 0] * x + inverse[:, i, 1] * y for i in (0, 1)], dim=-1)
+    if elastic:
+        points = torch.eye(5, device=device)[None, :, :, None]                  # bicubic between 5 x 5 random points:
+        smooth = F.interpolate(points, (FRAME, 1), mode="bicubic")[0, :, :, 0]  # (5, 28), the weights along each axis
+        bend = smooth.T @ uniform(elastic / (FRAME / 2), 2, 5, 5) @ smooth      # (n, 2, 28, 28)
+        grid += bend.permute(0, 2, 3, 1)
     drawn = F.grid_sample(images[:, None].float(), grid, align_corners=False)[:, 0]
+    if elastic:
+        middle = (low + high) / 2                                               # of the ink before it was bent
+        drawn *= ((x - middle[:, :1, None]).abs() < side / 2) & ((y - middle[:, 1:, None]).abs() < side / 2)
     return drawn.round().byte()
 
 

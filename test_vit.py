@@ -22,7 +22,7 @@ from vit import ViT, ViTConfig
 
 HERE = Path(__file__).parent
 needs_mnist = pytest.mark.skipif("MNIST_DIR" not in os.environ, reason="set MNIST_DIR to the folder of the MNIST files")
-AUGMENTATION = dict(rotate=20, scale=0.2, shear=0.2, shift=2)
+AUGMENTATION = dict(rotate=20, scale=0.2, shear=0.2, shift=2, elastic=2)
 
 
 @pytest.fixture(scope="session")
@@ -272,6 +272,17 @@ def test_augment_moves_ink_but_keeps_it_whole_and_small(drawn):
     assert (ratio - 1).abs().max() < 0.03
     top, _, _, _ = data.ink_box(far)
     assert top.min() == 0 and top.max() > 8
+
+
+def test_augment_bends():
+    """A straight bar no longer is one; the middle of its rows' ink wanders, but by no more than it was told to."""
+    bar = torch.zeros(500, 28, 28, dtype=torch.uint8)
+    bar[:, 4:24, 13:15] = 255
+    assert torch.equal(data.augment(bar, seeded()), bar)
+    bent = data.augment(bar, seeded(), elastic=2)[:, 6:22].float()
+    middle = (bent * torch.arange(28)).sum(2) / bent.sum(2)                     # (500, 16): of each row
+    wander = middle.amax(1) - middle.amin(1)
+    assert wander.median() > 0.7 and wander.max() < 5 and (middle.mean() - 13.5).abs() < 0.1
 
 
 def test_augment_of_nothing_is_nothing(drawn):

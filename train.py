@@ -81,6 +81,7 @@ class Settings:
     scale: float = 0.1                      # share, most that it is scaled up or down
     shear: float = 0.1                      # share, most that it is sheared
     shift: float = 1.0                      # px, most that it is moved within its frame
+    elastic: float = 1.5                    # px, most that it is bent
 
 
 # What a phase gets by default. Together with data.PHASES, this is all that the program knows of phases.
@@ -149,7 +150,7 @@ def settle(given, saved):
     for name, low, high in (("lr", 0, math.inf), ("warmup", 0, 1), ("weight_decay", 0, math.inf), ("beta1", 0, 1),
                             ("beta2", 0, 1), ("grad_clip", 0, math.inf), ("average", 0, 1), ("eval_every", 0, math.inf),
                             ("save_every", 0, math.inf), ("val_digits", 0, 59_999), ("rotate", 0, 180), ("scale", 0, 0.9),
-                            ("shear", 0, 2), ("shift", 0, 14), ("epochs", 1e-9, math.inf)):
+                            ("shear", 0, 2), ("shift", 0, 14), ("elastic", 0, 14), ("epochs", 1e-9, math.inf)):
         if (value := getattr(settings, name)) is not None and not low <= value <= high:
             raise ValueError(f"--{name} must be from {low} to {high}, not {value}")
     if "epochs" in given:
@@ -415,7 +416,7 @@ def run(given):
     train_options = dict(options)
     if settings.train_digits and "max_digits" in options:  # more digits a canvas than are evaluated teach more a second
         train_options["max_digits"] = max(options["max_digits"], min(settings.train_digits, data.most_digits(options)))
-    augmentation = {name: getattr(settings, name) for name in ("rotate", "scale", "shear", "shift")}
+    augmentation = {name: getattr(settings, name) for name in ("rotate", "scale", "shear", "shift", "elastic")}
     forward = torch.compile(model) if settings.compile else model
     if settings.compile:  # now, so that the clock of the training does not count it
         forward(torch.zeros(settings.batch_size, 1, options["size"], options["size"], device=device)).sum().backward()
