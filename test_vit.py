@@ -269,9 +269,18 @@ def test_augment_moves_ink_but_keeps_it_whole_and_small(drawn):
     # Frames wide open: no ink is lost over the edge, however far it is thrown. Area scales with the matrix alone.
     far = data.augment(images, seeded(), shift=14)
     ratio = far.sum((1, 2)).float() / images.sum((1, 2))
-    assert (ratio - 1).abs().max() < 0.03
+    assert (ratio - 1).abs().max() < 0.06 and (ratio - 1).abs().mean() < 0.01
     top, _, _, _ = data.ink_box(far)
     assert top.min() == 0 and top.max() > 8
+
+
+def test_augment_keeps_the_size_of_digits_that_fill_their_box():
+    """Training digits are as large as test digits: MNIST's all fill 20 px."""
+    box = torch.zeros(500, 28, 28, dtype=torch.uint8)
+    box[:, 4:24, 9:19] = 255
+    changed = data.augment(box, seeded(), rotate=10, scale=0.1, shear=0.1, shift=1, elastic=1, side=20)
+    _, _, height, _ = data.ink_box((changed > 100).byte())
+    assert height.float().mean() > 19 and height.max() == 20
 
 
 def test_augment_bends():
@@ -286,7 +295,11 @@ def test_augment_bends():
 
 
 def test_augment_of_nothing_is_nothing(drawn):
-    assert torch.equal(data.augment(drawn[0], seeded()), drawn[0])
+    for side in (20, 28):
+        assert torch.equal(data.augment(drawn[0], seeded(), side=side), drawn[0])
+    faint = torch.zeros(3, 28, 28, dtype=torch.uint8)
+    faint[:, 14, 14] = 1  # what would fade away altogether stays as it is
+    assert data.augment(faint, seeded(), **AUGMENTATION).flatten(1).any(1).all()
     blank = torch.zeros(3, 28, 28, dtype=torch.uint8)
     assert torch.equal(data.augment(blank, seeded(), **AUGMENTATION), blank)
 
@@ -407,7 +420,7 @@ def test_test_canvases_are_the_same_everywhere():
     assert sums == TEST_SET_SUMS
 
 
-TEST_SET_SUMS = {2: "de604e99c8ab7f82", 3: "358a5b3f6830dd1c"}
+TEST_SET_SUMS = {2: "de604e99c8ab7f82", 3: "399f7040a28c232c"}
 
 
 @pytest.mark.parametrize("phase,options,words", [
