@@ -94,10 +94,9 @@ def load_mnist(data_dir, split):
     """Split "train" or "test" from the IDX files in a folder: uint8 (N, 28, 28) images, int64 (N,) labels.
 
     Each file may be raw or .gz, and be spelt with .idx in place of -idx. Files that are absent are downloaded.
-    Raises ValueError for files that are not such a data set, OSError where there is none and no mirror gives it.
+    Raises ValueError for files that are not such a data set, ConnectionError where there is none and no mirror gives it.
     """
-    image_path, label_path = (find_file(Path(data_dir), name) or download(Path(data_dir), name + ".gz")
-                              for name in SPLITS[split])
+    image_path, label_path = (find_file(Path(data_dir), name) or fetch(Path(data_dir), name) for name in SPLITS[split])
     images, labels = load_idx(image_path), load_idx(label_path)
     if images.dtype != np.uint8 or images.shape[1:] != (FRAME, FRAME) or len(images) == 0:
         raise ValueError(f"{image_path}: expected uint8 images (N, {FRAME}, {FRAME}), got {images.dtype} {images.shape}")
@@ -114,16 +113,26 @@ def find_file(data_dir, name):
     return next((data_dir / spelling for spelling in spellings if (data_dir / spelling).exists()), None)
 
 
+def fetch(data_dir, name):
+    """Download a file that is missing, unless the folder holds a data set that it does not belong to."""
+    for other in (find_file(data_dir, other) for names in SPLITS.values() for other in names):
+        if other and hashlib.md5(other.read_bytes()).hexdigest() != MD5.get(other.name):
+            raise ValueError(f"{data_dir} has {other.name} but no {name}: if it is not MNIST's, add the file that is missing; "
+                             "to download MNIST, name an empty folder")
+    return download(data_dir, name + ".gz")
+
+
 def download(data_dir, name, timeout=10):
-    """Fetch a file of MNIST from the first mirror that has the right one; its path. Raises OSError if none has.
+    """A file of MNIST from the first mirror that has the right one; its path. Raises ConnectionError if none has.
 
     It is written beside, checked and renamed: a file under its own name is always whole and right.
     """
-    data_dir.mkdir(parents=True, exist_ok=True)
     failures = []
     for mirror in MIRRORS:
-        handle, part = tempfile.mkstemp(prefix=name + ".", suffix=".part", dir=data_dir)
+        part = None
         try:
+            data_dir.mkdir(parents=True, exist_ok=True)
+            handle, part = tempfile.mkstemp(prefix=name + ".", suffix=".part", dir=data_dir)
             with os.fdopen(handle, "wb") as file, urllib.request.urlopen(mirror + name, timeout=timeout) as response:
                 size, done, digest = int(response.headers.get("Content-Length") or 0), 0, hashlib.md5()
                 while chunk := response.read(2**16):
@@ -143,8 +152,9 @@ def download(data_dir, name, timeout=10):
             failures.append(f"{mirror + name}: {error}")
             print(f"download failed: {failures[-1]}", file=sys.stderr)
         finally:
-            Path(part).unlink(missing_ok=True)
-    raise OSError(f"no {name.removesuffix('.gz')} in {data_dir} and no mirror gave it ({'; '.join(failures)})")
+            if part:
+                Path(part).unlink(missing_ok=True)
+    raise ConnectionError(f"no {name.removesuffix('.gz')} in {data_dir} and no mirror gave it ({'; '.join(failures)})")
 
 
 def load_digits(data, data_dir, split):
@@ -153,7 +163,7 @@ def load_digits(data, data_dir, split):
     if data != "drawn":
         try:
             return *load_mnist(data_dir, split), "mnist"
-        except OSError as error:
+        except ConnectionError as error:
             if data == "mnist":
                 raise
             print(f"\n*** No MNIST: {error}\n*** Going on with digits drawn by the program itself. Every figure of this run"
@@ -308,14 +318,14 @@ def augment(images, generator, rotate=0.0, scale=0.0, shear=0.0, shift=0.0, elas
 
 class Phase(NamedTuple):
     size: int                   # px, side of the canvas
-    cell: int                   # px, side of a cell
-    max_digits: Optional[int]   # 0 to so many digits anywhere, the rest empty; None: a digit in every cell
-    test_canvases: Optional[int]  # size of the test set; None: every test digit once, in order
+    cell: int                   # px, side of a cell; 28, as a digit's frame, where every cell holds a digit
+    max_digits: Optional[int]   # 0 to so many digits anywhere, the other cells empty; None: a digit in every cell
 
 
-PHASES = {1: Phase(size=28, cell=28, max_digits=None, test_canvases=None),
-          2: Phase(size=56, cell=28, max_digits=None, test_canvases=10_000),
-          3: Phase(size=64, cell=8, max_digits=5, test_canvases=10_000)}
+PHASES = {1: Phase(size=28, cell=28, max_digits=None),
+          2: Phase(size=56, cell=28, max_digits=None),
+          3: Phase(size=64, cell=8, max_digits=5)}
+TEST_CANVASES = 10_000  # in the test set of a phase, but for canvases of one cell: there, every test digit once
 
 
 def has_empty_cells(phase):
@@ -469,10 +479,10 @@ def paste(digits, corner, size):
 def test_canvases(phase, images, labels, **options):
     """The test set of a phase, from the test digits: the same on every machine and device, since it is drawn on the
     CPU with a seed of its own. Returns canvases and cell labels as `canvases` does, on the CPU."""
-    if PHASES[phase].test_canvases is None:
+    options = canvas_options(phase, images, labels, **options)
+    if options["size"] == FRAME == PHASES[phase].cell:  # canvases of one digit: every one, in order
         return images, labels.view(-1, 1, 1)
-    generator = torch.Generator().manual_seed(2024)
-    return canvases(phase, images, labels, PHASES[phase].test_canvases, generator, **options)
+    return canvases(phase, images, labels, TEST_CANVASES, torch.Generator().manual_seed(2024), **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -488,8 +498,8 @@ def read(logits, empty=10):
     """Logits (n, gh, gw, classes) -> for each canvas a list of (digit, row, column, confidence) in reading order, one
     for each cell whose most probable class is not `empty` (None: every cell holds a digit)."""
     confidence, best = logits.float().softmax(-1).max(-1)
-    readings = [[] for _ in range(len(logits))]
     found = torch.ones_like(best, dtype=torch.bool) if empty is None else best != empty
-    for i, row, column in found.nonzero().tolist():
-        readings[i].append((int(best[i, row, column]), row, column, float(confidence[i, row, column])))
+    readings = [[] for _ in range(len(logits))]
+    for (i, row, column), digit, share in zip(found.nonzero().tolist(), best[found].tolist(), confidence[found].tolist()):
+        readings[i].append((digit, row, column, share))
     return readings

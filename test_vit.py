@@ -2,13 +2,14 @@
 import gzip
 import hashlib
 import http.server
-import io
 import json
 import os
 import struct
 import subprocess
 import sys
 import threading
+import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -94,9 +95,16 @@ def test_idx_gzip_bomb_is_not_unpacked(tmp_path):
     (tmp_path / "bomb").write_bytes(gzip.compress(b"\0\0\x08\1" + struct.pack(">I", 10**7) + bytes(10**7)))
     with pytest.raises(ValueError, match="max_bytes=1,000"):
         data.load_idx(tmp_path / "bomb", max_bytes=1000)
-    (tmp_path / "liar").write_bytes(gzip.compress(b"\0\0\x08\1" + struct.pack(">I", 10) + bytes(10**7)))
-    with pytest.raises(ValueError, match="too long"):
-        data.load_idx(tmp_path / "liar")
+    # One holds more than its header says, one much less: neither takes memory that it does not need.
+    (tmp_path / "long").write_bytes(gzip.compress(b"\0\0\x08\1" + struct.pack(">I", 10) + bytes(10**8)))
+    (tmp_path / "short").write_bytes(b"\0\0\x08\1" + struct.pack(">I", 900_000_000) + bytes(10))
+    for name in ("long", "short"):
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=f"too {name}"):
+            data.load_idx(tmp_path / name)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 3e6
 
 
 def test_idx_survives_random_damage(tmp_path):
@@ -162,11 +170,15 @@ def mirrors(monkeypatch, tmp_path, drawn):
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
+            time.sleep(answers.get("sleep", 0))
             status, body = answers.get(self.path, (404, b"no such file"))
             self.send_response(status)
             self.send_header("Content-Length", answers.get("length " + self.path, len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            try:
+                self.end_headers()
+                self.wfile.write(body)
+            except ConnectionError:
+                pass
 
         def log_message(self, *_):
             pass
@@ -205,6 +217,28 @@ def test_download_takes_the_second_mirror(mirrors, tmp_path, drawn, fault):
     serve(mirrors, "b")
     assert torch.equal(data.load_mnist(tmp_path, "train")[0], drawn[0][:20])
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(mirrors["good"])
+
+
+def test_download_with_the_first_mirror_dead(mirrors, tmp_path, drawn, monkeypatch):
+    serve(mirrors, "b")
+    monkeypatch.setattr(data, "MIRRORS", ["http://127.0.0.1:9/", data.MIRRORS[1]])
+    assert torch.equal(data.load_mnist(tmp_path, "train")[1], drawn[1][:20])
+
+
+def test_download_gives_up_on_a_silent_mirror(mirrors, tmp_path):
+    mirrors["sleep"] = 2
+    began = time.perf_counter()
+    with pytest.raises(ConnectionError, match="timed out"):
+        data.download(tmp_path, "train-images-idx3-ubyte.gz", timeout=0.2)
+    assert time.perf_counter() - began < 2 and list(tmp_path.iterdir()) == []
+
+
+def test_download_does_not_mix_data_sets(mirrors, tmp_path, drawn):
+    serve(mirrors, "a")
+    write_mnist(tmp_path, *drawn, "test")  # not MNIST's, and its training digits are missing
+    with pytest.raises(ValueError, match="name an empty folder"):
+        data.load_digits("auto", tmp_path, "train")
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_download_that_breaks_off(mirrors, tmp_path):
@@ -409,6 +443,7 @@ def test_same_seed_same_canvases(drawn, phase):
 
 def test_test_canvases_are_the_same_everywhere():
     images, labels, _ = plates()
+    assert data.test_canvases(1, images, labels, size=56)[1].shape == (10_000, 2, 2)
     canvas, cells = data.test_canvases(1, images, labels)
     assert torch.equal(canvas, images) and torch.equal(cells.flatten(), labels)
     sums = {}
@@ -565,6 +600,7 @@ def test_load_runs_no_code(tmp_path):
     (tmp_path / "empty.pt").write_bytes(b"")
     torch.save({"config": {"wings": 2}, "average": {}}, tmp_path / "other.pt")
     torch.save([1, 2], tmp_path / "list.pt")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     torch.save({"config": {"dim": 32}, "average": ViT(ViTConfig()).state_dict()}, tmp_path / "shapes.pt")
     for path in tmp_path.glob("*.pt"):
         with pytest.raises(ValueError, match="is not a checkpoint of this model") as caught:
@@ -674,8 +710,7 @@ def few_digits(tmp_path, monkeypatch, drawn):
     folder.mkdir()
     write_mnist(folder, drawn[0][:1500], drawn[1][:1500], "train")
     write_mnist(folder, drawn[0][1500:], drawn[1][1500:], "test")
-    monkeypatch.setitem(data.PHASES, 3, data.PHASES[3]._replace(test_canvases=100))
-    monkeypatch.setitem(data.PHASES, 2, data.PHASES[2]._replace(test_canvases=100))
+    monkeypatch.setattr(data, "TEST_CANVASES", 100)
     return [f"--data_dir={folder}", f"--out_dir={tmp_path / 'out'}", "--dim=16", "--depth=1", "--heads=1", "--batch_size=16",
             "--log_every=4", "--save_every=0"]
 
@@ -732,7 +767,7 @@ def test_resume_is_the_run_that_was_never_stopped(few_digits, tmp_path, phase, m
             train.main(flags)
     assert torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["step"] == 8
     with open(tmp_path / "out" / "metrics.jsonl", "a") as file:
-        file.write('{"event": "train", "step": 9}\n')
+        file.write('{"event": "train", "step": 9}\n{"event": "tra')
     train.main([*few_digits, f"--phase={phase}", "--resume"])  # the rest of the flags is in the checkpoint
     resumed, lines = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True), metrics(tmp_path / "out")
     for name in ("mean", "square", "step"):
@@ -750,7 +785,23 @@ def test_a_fresh_run_keeps_the_old_one_beside(few_digits, tmp_path, capsys):
     train.main([*few_digits, "--phase=1", "--max_steps=2", "--seed=1"])
     for name, content in old.items():
         assert (tmp_path / "out" / (name + ".prev")).read_bytes() == content != (tmp_path / "out" / name).read_bytes()
+    (tmp_path / "out" / "ckpt.pt").unlink()  # as a run that is stopped before it saves leaves things
+    train.main([*few_digits, "--phase=1", "--max_steps=2", "--seed=2"])
+    assert all((tmp_path / "out" / (name + ".prev")).read_bytes() == content for name, content in old.items())
     assert "kept as" in capsys.readouterr().out
+
+
+def test_epochs_are_60_000_canvases(few_digits, tmp_path):
+    train.main([*few_digits, "--phase=1", "--epochs=0.001"])
+    assert metrics(tmp_path / "out")[-1]["step"] == 4  # 60 canvases, 16 a step
+
+
+def test_eval_only_at_another_size(few_digits, tmp_path, capsys):
+    train.main([*few_digits, "--phase=3", "--max_steps=2"])
+    train.main([*few_digits, "--phase=3", "--eval_only", "--canvas_size=96", "--max_digits=8"])
+    with pytest.raises(SystemExit):
+        train.main([*few_digits, "--phase=3", "--eval_only", "--depth=8"])
+    assert "has another model: depth cannot change" in capsys.readouterr().err
 
 
 def test_resume_starts_where_there_is_nothing(few_digits, tmp_path):
@@ -763,17 +814,17 @@ def test_val_digits_train_nothing_and_are_not_the_test_set(few_digits, tmp_path,
     draw = data.canvases
 
     def spy(phase, images, labels, n, *rest, **options):
-        seen.append(len(images))
+        seen.append((len(images), options["max_digits"]))
         return draw(phase, images, labels, n, *rest, **options)
 
     monkeypatch.setattr(data, "canvases", spy)
-    train.main([*few_digits, "--phase=3", "--max_steps=2", "--val_digits=300"])
-    assert seen == [300, 1200, 1200] and metrics(tmp_path / "out")[-1]["data"] == "mnist-val"
+    train.main([*few_digits, "--phase=3", "--max_steps=2", "--val_digits=300"])  # and there are more digits in training
+    assert seen == [(300, 5), (1200, 9), (1200, 9)] and metrics(tmp_path / "out")[-1]["data"] == "mnist-val"
 
 
 def test_another_data_set(tmp_path, drawn, monkeypatch, capsys):
     """26 classes in IDX files of the same names: the model has 27, the last of them "empty"."""
-    monkeypatch.setitem(data.PHASES, 3, data.PHASES[3]._replace(test_canvases=100))
+    monkeypatch.setattr(data, "TEST_CANVASES", 100)
     for split in ("train", "test"):
         write_mnist(tmp_path, drawn[0][:520], torch.arange(520) % 26, split)
     train.main([f"--data_dir={tmp_path}", f"--out_dir={tmp_path}", "--dim=16", "--heads=1", "--depth=1", "--max_steps=2"])
@@ -808,7 +859,7 @@ def command(script, *flags, **environment):
     (["--phsae=3"], "unknown argument --phsae=3, did you mean --phase?", 2), (["--phase=4"], "--phase must be one of 1, 2, 3, not 4", 2),
     (["--lr=fast"], "argument --lr: invalid float value: 'fast'", 2), (["--lr=-1"], "--lr must be from 0", 2),
     (["--batch_size", "0"], "--batch_size must be at least 1, not 0", 2), (["--dtype=float16"], "--dtype must be one of", 2),
-    (["--compile=maybe"], "expected true or false, not 'maybe'", 2), (["--epochs=1", "--max_steps=5"], "not both", 2),
+    (["--epochs=inf"], "--epochs must be from", 2), (["--beta2=1"], "--beta2 must be from 0", 2), (["--compile=maybe"], "expected true or false, not 'maybe'", 2), (["--epochs=1", "--max_steps=5"], "not both", 2),
     (["--device=abacus"], "--device=abacus cannot be used here", 2), (["more"], "unknown argument more", 2),
     (["--eval_only", "--out_dir=nowhere"], "there is no checkpoint", 1)])
 def test_errors_are_one_clear_line(flags, words, code, capsys):
@@ -819,7 +870,7 @@ def test_errors_are_one_clear_line(flags, words, code, capsys):
 
 
 @pytest.mark.parametrize("flags,words", [(["--dim=30"], "dim 30 is not a multiple of heads"), (["--canvas_size=60"], "multiple of phase 3's cell"),
-                                         (["--max_digits=20"], "max_digits must be from 1 to 9"), (["--val_digits=5000"], "leaves none of 1500")])
+                                         (["--max_digits=20"], "max_digits must be from 1 to 9"), (["--val_digits=5000"], "leaves none of 1500"), (["--phase=2", "--train_digits=5"], "--train_digits does not apply")])
 def test_settings_that_do_not_go_together(few_digits, tmp_path, flags, words, capsys):
     with pytest.raises(SystemExit) as stopped:
         train.main([*few_digits, "--heads=4", "--phase=3", *flags])
@@ -830,7 +881,7 @@ def test_resume_refuses_another_model(few_digits, capsys):
     train.main([*few_digits, "--phase=1", "--max_steps=2"])
     with pytest.raises(SystemExit) as stopped:
         train.main([*few_digits, "--phase=1", "--resume", "--depth=2", "--mlp_ratio=3"])
-    assert stopped.value.code == 2 and "depth, mlp_ratio cannot change" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "has another model: depth, mlp_ratio cannot change" in capsys.readouterr().err
 
 
 def test_help_explains_every_setting():

@@ -16,7 +16,6 @@ blocks (Xiong 2020, arXiv:2002.04745), rotary positions (Su 2021, arXiv:2104.098
 """
 import math
 from dataclasses import dataclass, fields
-from pickle import UnpicklingError
 
 import torch
 import torch.nn as nn
@@ -46,8 +45,8 @@ class ViTConfig:
             value, least = getattr(self, name), 0 if name in ("overlap", "cell") else 1
             if type(value) is not int or value < least:
                 raise ValueError(f"{name} must be a whole number from {least} up, not {value!r}")
-        if not 0 < self.mlp_ratio < math.inf:
-            raise ValueError(f"mlp_ratio must be above 0, not {self.mlp_ratio!r}")
+        if not (self.mlp_ratio < math.inf and round(self.dim * self.mlp_ratio) >= 1):
+            raise ValueError(f"mlp_ratio must give the MLP at least one channel, not be {self.mlp_ratio!r}")
         for name in ("dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)!r}")
@@ -189,13 +188,14 @@ class ViT(nn.Module):
         Nothing but tensors and plain values is unpickled, so that a file cannot run code. Raises ValueError for a file
         that is no such checkpoint, OSError where it cannot be read.
         """
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            model = cls(ViTConfig(**checkpoint["config"]))
-            model.load_state_dict(checkpoint["average"])
-        except (UnpicklingError, EOFError, RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{path} is not a checkpoint of this model: {type(error).__name__}: {reason}") from None
+        with open(path, "rb") as file:
+            try:
+                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+                model = cls(ViTConfig(**checkpoint["config"]))
+                model.load_state_dict(checkpoint["average"])
+            except Exception as error:  # torch.load has many kinds of them for a file that it cannot make sense of
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(f"{path} is not a checkpoint of this model: {type(error).__name__}: {reason}") from None
         return model.eval()
 
     def forward(self, images):
