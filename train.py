@@ -85,11 +85,11 @@ class Settings:
 
 # What a phase gets by default. Together with data.PHASES, this is all that the program knows of phases.
 DEFAULTS = {
-    1: dict(max_steps=5_500, batch_size=128, eval_every=2_000, lr=4e-3, elastic=1.5,
-            patch_size=7, overlap=3, dim=64, depth=4, heads=4, positions="learned"),
+    1: dict(max_steps=5_800, batch_size=256, eval_every=2_000, lr=5e-3, elastic=1.5,
+            patch_size=14, overlap=7, dim=64, depth=4, heads=4, positions="learned"),
     2: dict(max_steps=5_000, batch_size=128, eval_every=2_000, lr=4e-3, elastic=1.5,
             patch_size=14, overlap=7, dim=64, depth=4, heads=4, positions="learned"),
-    3: dict(max_steps=1_800, batch_size=64, eval_every=900, lr=5e-3, elastic=1.0, train_digits=9,
+    3: dict(max_steps=1_600, batch_size=64, eval_every=800, lr=5e-3, elastic=1.0, train_digits=9,
             patch_size=8, overlap=2, dim=96, depth=4, heads=4, positions="rotary"),
 }
 
@@ -390,8 +390,9 @@ def run(given):
             raise ValueError(f"phase {settings.phase} has a digit in every cell: --train_digits does not apply")
         train_options["max_digits"] = max(options["max_digits"], min(settings.train_digits, data.most_digits(options)))
     free = ("image_size", "dropout", "drop_path") if settings.eval_only else ()
-    changed = [name for name, value in asdict(config).items() if checkpoint and checkpoint["config"].get(name) != value]
-    if set(changed) - set(free):
+    changed = [name for name, value in asdict(config).items()
+               if checkpoint and name not in free and checkpoint["config"].get(name) != value]
+    if changed:
         raise ValueError(f"{path} has another model: {', '.join(changed)} cannot change")
 
     def evaluation(model, **when):
