@@ -180,13 +180,17 @@ STROKES = {
     0: [[(.55, 0), (.2, .12), (.08, .5), (.22, .9), (.5, 1), (.8, .88), (.92, .5), (.8, .12), (.5, 0)]],
     1: [[(.5, 0), (.5, .33), (.5, .67), (.5, 1)]],
     2: [[(.1, .25), (.25, .05), (.55, 0), (.82, .15), (.8, .4), (.5, .7), (.1, 1), (.1, 1), (.5, .98), (.95, 1)]],
-    3: [[(.12, .12), (.4, 0), (.75, .08), (.8, .28), (.6, .45), (.35, .48), (.35, .48), (.7, .54), (.88, .75), (.7, .96), (.4, 1), (.08, .88)]],
+    3: [[(.12, .12), (.4, 0), (.75, .08), (.8, .28), (.6, .45), (.35, .48), (.35, .48), (.7, .54), (.88, .75),
+         (.7, .96), (.4, 1), (.08, .88)]],
     4: [[(.3, 0), (.2, .3), (.1, .6), (.1, .6), (.5, .6), (.95, .57)], [(.75, .05), (.72, .4), (.7, .7), (.68, 1)]],
-    5: [[(.85, 0), (.5, .01), (.2, .02), (.2, .02), (.15, .25), (.13, .45), (.13, .45), (.5, .38), (.85, .55), (.85, .82), (.5, 1), (.1, .93)]],
+    5: [[(.85, 0), (.5, .01), (.2, .02), (.2, .02), (.15, .25), (.13, .45), (.13, .45), (.5, .38), (.85, .55),
+         (.85, .82), (.5, 1), (.1, .93)]],
     6: [[(.7, 0), (.4, .2), (.18, .5), (.15, .8), (.4, 1), (.7, .95), (.82, .75), (.65, .55), (.4, .57), (.18, .75)]],
     7: [[(.08, .03), (.5, .03), (.9, 0), (.9, 0), (.7, .35), (.5, .7), (.4, 1)]],
-    8: [[(.6, .48), (.25, .3), (.3, .05), (.6, 0), (.82, .15), (.7, .38), (.4, .55), (.15, .78), (.3, .97), (.6, 1), (.83, .82), (.75, .6), (.5, .45)]],
-    9: [[(.82, .22), (.6, .02), (.3, .05), (.15, .28), (.3, .48), (.6, .45), (.82, .22), (.82, .22), (.8, .5), (.72, .75), (.62, 1)]],
+    8: [[(.6, .48), (.25, .3), (.3, .05), (.6, 0), (.82, .15), (.7, .38), (.4, .55), (.15, .78), (.3, .97),
+         (.6, 1), (.83, .82), (.75, .6), (.5, .45)]],
+    9: [[(.82, .22), (.6, .02), (.3, .05), (.15, .28), (.3, .48), (.6, .45), (.82, .22), (.82, .22), (.8, .5),
+         (.72, .75), (.62, 1)]],
 }
 STROKE_POINTS = 80  # points along the strokes of a digit, evenly spread
 
@@ -430,7 +434,8 @@ def place(box, present, size, min_distance, ink, generator, sweeps=3, tries=32):
     Placing digits one after the other gets stuck: at five on 64 px about half the time. So every canvas starts from a
     jittered lattice, which always fits, and then each digit in turn moves to a new place, uniform among those that the
     others leave free (Gibbs sampling, whose limit is the uniform distribution; three sweeps come close: where five
-    digits lie differs from it by 2% in total variation). A digit that finds no free place in `tries` draws stays where it is, which changes nothing about that.
+    digits lie differs from it by 2% in total variation). A digit that finds no free place in `tries` draws stays where
+    it is, which changes nothing about that.
     """
     n, k, _ = box.shape
     device, apart, lines = box.device, 2 * min_distance, lattice_lines(size, ink, min_distance)

@@ -50,7 +50,8 @@ def draw(canvas, colour):
 def compare(reading, truth, empty):
     """A line for each cell that holds a digit or is read as holding one: place, truth, reading, confidence."""
     read = {(row, column): (digit, confidence) for digit, row, column, confidence in reading}
-    there = {(row, column): digit for row, line in enumerate(truth.tolist()) for column, digit in enumerate(line) if digit != empty}
+    there = {(row, column): digit for row, line in enumerate(truth.tolist()) for column, digit in enumerate(line)
+             if digit != empty}
     lines = []
     for place in sorted(read.keys() | there.keys()):
         digit, confidence = read.get(place, (None, None))

@@ -94,6 +94,14 @@ DEFAULTS = {
 }
 
 
+LIMITS = {  # lowest and highest sensible values; ViTConfig and data.canvas_options check what is theirs
+    "epochs": (1e-9, 1e9), "max_steps": (1, 1e12), "batch_size": (1, 1e6), "log_every": (1, 1e12), "eval_every": (0, 1e12),
+    "save_every": (0, 1e12), "val_digits": (0, 1e12), "lr": (0, 1e12), "warmup": (0, 1), "weight_decay": (0, 1e12),
+    "beta1": (0, 0.999999), "beta2": (0, 0.999999), "grad_clip": (0, 1e12), "average": (0, 1), "train_digits": (0, 1e6),
+    "rotate": (0, 180), "scale": (0, 0.9), "shear": (0, 2), "shift": (0, 14), "elastic": (0, 14),
+}
+
+
 def fail(message, code):
     """End the program with one clear line."""
     print(f"train.py: {message}", file=sys.stderr)
@@ -146,15 +154,10 @@ def settle(given, saved):
     for name, allowed in (("data", ("auto", "mnist", "drawn")), ("dtype", ("auto", "float32", "bfloat16"))):
         if getattr(settings, name) not in allowed:
             raise ValueError(f"--{name} must be one of {', '.join(allowed)}, not {getattr(settings, name)!r}")
-    for name in ("batch_size", "log_every", "max_steps"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, not {getattr(settings, name)}")
-    for name, low, high in (("lr", 0, math.inf), ("warmup", 0, 1), ("weight_decay", 0, math.inf), ("beta1", 0, 0.999999),
-                            ("beta2", 0, 0.999999), ("grad_clip", 0, math.inf), ("average", 0, 1), ("eval_every", 0, math.inf),
-                            ("save_every", 0, math.inf), ("val_digits", 0, math.inf), ("train_digits", 0, math.inf), ("rotate", 0, 180), ("scale", 0, 0.9),
-                            ("shear", 0, 2), ("shift", 0, 14), ("elastic", 0, 14), ("epochs", 1e-9, 1e9)):
-        if (value := getattr(settings, name)) is not None and not low <= value <= high:
-            raise ValueError(f"--{name} must be from {low} to {high}, not {value}")
+    for name, (low, high) in LIMITS.items():
+        value = getattr(settings, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name} must be from {low:g} to {high:g}, not {value}")
     if "epochs" in given:
         settings.max_steps = math.ceil(settings.epochs * 60_000 / settings.batch_size)
     return settings
@@ -360,8 +363,10 @@ def main(arguments=None):
     except OSError as error:            # it makes sense, but a file or the network does not play along
         fail(error, 1)
     except FloatingPointError as error:
+        print()                         # the progress line ends here
         fail(error, 1)
     except KeyboardInterrupt:
+        print()
         fail("stopped; --resume goes on from the last checkpoint, if one was saved by now", 130)
 
 
@@ -432,7 +437,8 @@ def run(given):
     print(f"phase {settings.phase}: {options['size']} x {options['size']} px, {len(digits[0]):,} {kind} digits for training\n"
           f"model: {sum(p.numel() for p in model.parameters()):,} parameters on {device}, {str(dtype).split('.')[1]}, "
           f"{'compiled' if settings.compile else 'not compiled'}\n"
-          f"run: step {step:,} to {settings.max_steps:,}, {settings.batch_size} canvases each, seed {settings.seed}, in {path.parent}")
+          f"run: step {step:,} to {settings.max_steps:,}, {settings.batch_size} canvases each, seed {settings.seed}, "
+          f"in {path.parent}")
     images, labels = (tensor.to(device) for tensor in digits)
     augmentation = {name: getattr(settings, name) for name in ("rotate", "scale", "shear", "shift", "elastic")}
     forward = torch.compile(model) if settings.compile else model
@@ -442,7 +448,8 @@ def run(given):
             return forward(data.to_input(canvas)).float()
 
     if settings.compile:  # now, so that the clock of the training does not count it
-        predict(torch.zeros(settings.batch_size, options["size"], options["size"], dtype=torch.uint8, device=device)).sum().backward()
+        blank = torch.zeros(settings.batch_size, options["size"], options["size"], dtype=torch.uint8, device=device)
+        predict(blank).sum().backward()
     sums, since = torch.zeros(3, device=device), step  # of loss, digits and digits read right, since the last log line
     mark = shown = saved = time.perf_counter()
     with open(log_path, "a") as log:
@@ -482,12 +489,13 @@ def run(given):
             sums.zero_()
             now = time.perf_counter()
             train_seconds, spent, mark = train_seconds + now - mark, now - mark, now
-            line = {"event": "train", "step": step, "seconds": seconds_before + now - started, "loss": loss_sum / (step - since),
-                    "lr": lr, "grad_norm": norm.item(), "images_per_second": (step - since) * settings.batch_size / spent}
+            line = {"event": "train", "step": step, "seconds": seconds_before + now - started,
+                    "loss": loss_sum / (step - since), "lr": lr, "grad_norm": norm.item(),
+                    "images_per_second": (step - since) * settings.batch_size / spent}
             since = step
             if not math.isfinite(line["loss"] + line["grad_norm"]):
-                raise FloatingPointError(f"loss {line['loss']} and gradient norm {line['grad_norm']} by step {step}, at learning rate "
-                                         f"{lr:.2g}: try a lower --lr; {path} is from an earlier step, if it is there")
+                raise FloatingPointError(f"loss {line['loss']} and gradient norm {line['grad_norm']} by step {step}, at learning "
+                                         f"rate {lr:.2g}: try a lower --lr; {path} is from an earlier step, if it is there")
             print(json.dumps(line), file=log, flush=True)
             shown = show(f"step {step:,}/{settings.max_steps:,}  loss {line['loss']:.4f}  {kind} digits right in training "
                          f"{percent(digits_right / max(digits_seen, 1))}  {line['images_per_second']:,.0f} images/s  "
@@ -497,15 +505,16 @@ def run(given):
                                     train_seconds=train_seconds)
                 result["final"] = final
                 print(json.dumps(result), file=log, flush=True)
-                show(f"step {step:,}  {clock(train_seconds)}  {result['data']}: loss {result['loss']:.4f}  digits {percent(result['digit_accuracy'])}  "
-                     f"empty {percent(result['empty_accuracy'])}  exact canvases {percent(result['exact_match'])}", shown, keep=True)
+                show(f"step {step:,}  {clock(train_seconds)}  {result['data']}: loss {result['loss']:.4f}  "
+                     f"digits {percent(result['digit_accuracy'])}  empty {percent(result['empty_accuracy'])}  "
+                     f"exact canvases {percent(result['exact_match'])}", shown, keep=True)
                 mark = time.perf_counter()
             if final or time.perf_counter() - saved > settings.save_every:
                 assert still_flat(model, weights, gradients), "a parameter is no longer a view of the flat buffer"
-                save(path, {"version": 1, "phase": settings.phase, "canvas": canvas_asked, "data": kind, "config": asdict(config),
-                            "settings": asdict(settings), "step": step, "seconds": seconds_before + time.perf_counter() - started,
-                            "train_seconds": train_seconds, "model": model.state_dict(), "average": averaged.state_dict(),
-                            "mean": mean, "square": square})
+                save(path, {"version": 1, "phase": settings.phase, "canvas": canvas_asked, "data": kind,
+                            "config": asdict(config), "settings": asdict(settings), "step": step,
+                            "seconds": seconds_before + time.perf_counter() - started, "train_seconds": train_seconds,
+                            "model": model.state_dict(), "average": averaged.state_dict(), "mean": mean, "square": square})
                 saved = time.perf_counter()
     print(table(result, {"training": f"{train_seconds:.1f} s", "images/s": f"{step * settings.batch_size / train_seconds:,.0f}",
                          "checkpoint": path}))
