@@ -85,7 +85,7 @@ class Settings:
 
 # What a phase gets by default. Together with data.PHASES, this is all that the program knows of phases.
 DEFAULTS = {
-    1: dict(max_steps=5_800, batch_size=256, eval_every=2_000, lr=5e-3, elastic=1.5,
+    1: dict(max_steps=6_500, batch_size=256, eval_every=2_500, lr=5e-3, elastic=1.0,
             patch_size=14, overlap=7, dim=64, depth=4, heads=4, positions="learned"),
     2: dict(max_steps=5_000, batch_size=128, eval_every=2_000, lr=4e-3, elastic=1.5,
             patch_size=14, overlap=7, dim=64, depth=4, heads=4, positions="learned"),
