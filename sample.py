@@ -37,14 +37,15 @@ def load(path):
 
 
 def draw(canvas, colour):
-    """A canvas, uint8 (H, W), as lines of text: two pixels a character, the upper in front of the lower."""
-    lines = []
+    """A canvas, uint8 (H, W), as lines of text in a frame: two pixels a character, the upper in front of the lower."""
+    lines = ["┌" + "─" * canvas.shape[1] + "┐"]
     for upper, lower in zip(canvas[0::2].tolist(), canvas[1::2].tolist()):
         if colour:
-            lines.append("".join(f"\033[38;2;{u};{u};{u}m\033[48;2;{v};{v};{v}m▀" for u, v in zip(upper, lower)) + "\033[0m")
+            ink = "".join(f"\033[38;2;{u};{u};{u}m\033[48;2;{v};{v};{v}m▀" for u, v in zip(upper, lower)) + "\033[0m"
         else:
-            lines.append("".join(" ▄▀█"[2 * (u > 100) + (v > 100)] for u, v in zip(upper, lower)).rstrip())
-    return lines
+            ink = "".join(" ▄▀█"[2 * (u > 100) + (v > 100)] for u, v in zip(upper, lower))
+        lines.append(f"│{ink}│")
+    return lines + ["└" + "─" * canvas.shape[1] + "┘"]
 
 
 def compare(reading, truth, empty):

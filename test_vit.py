@@ -908,6 +908,13 @@ def test_the_whole_way(tmp_path, drawn):
     assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and "train one" in failed.stderr
 
 
+def test_sample_draws_two_pixels_a_character():
+    import sample
+    canvas = torch.tensor([[0, 255, 0, 255], [0, 0, 255, 255]], dtype=torch.uint8)
+    assert sample.draw(canvas, colour=False) == ["┌────┐", "│ ▀▄█│", "└────┘"]
+    assert "\033[38;2;255;255;255m\033[48;2;0;0;0m▀" in sample.draw(canvas, colour=True)[1]
+
+
 def test_sample_marks_what_is_wrong():
     import sample
     truth = torch.full((8, 8), 10)
