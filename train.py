@@ -87,7 +87,7 @@ class Settings:
 DEFAULTS = {
     1: dict(max_steps=6_500, batch_size=256, eval_every=2_500, lr=5e-3, elastic=1.0,
             patch_size=14, overlap=7, dim=64, depth=4, heads=4, positions="learned"),
-    2: dict(max_steps=5_000, batch_size=128, eval_every=2_000, lr=4e-3, elastic=1.5,
+    2: dict(max_steps=4_200, batch_size=128, eval_every=2_000, lr=4e-3, elastic=1.5,
             patch_size=14, overlap=7, dim=64, depth=4, heads=4, positions="learned"),
     3: dict(max_steps=1_600, batch_size=64, eval_every=800, lr=5e-3, elastic=1.0, train_digits=9,
             patch_size=8, overlap=2, dim=96, depth=4, heads=4, positions="rotary"),
