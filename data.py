@@ -300,7 +300,7 @@ def augment(images, generator, rotate=0.0, scale=0.0, shear=0.0, shift=0.0, elas
     matrix, low, high = matrix * shrink[:, None], low * shrink, high * shrink
     move = torch.minimum(torch.maximum(uniform(shift, 2), -middle - low), middle - high)
     # grid_sample asks the other way about: where in the source each pixel drawn comes from, in half frames.
-    (a, b), (c, d) = (row.unbind(-1) for row in matrix.unbind(1))               # by hand: linalg.inv would wait for a GPU
+    (a, b), (c, d) = (row.unbind(-1) for row in matrix.unbind(1))               # by hand: linalg.inv waits for a GPU
     inverse = torch.stack((d, -b, -c, a), dim=-1) / (a * d - b * c)[:, None] / (FRAME / 2)
     inverse = inverse.view(n, 2, 2, 1, 1)
     x, y = (y - move[:, :1])[:, None, :], (y - move[:, 1:])[:, :, None]         # (n, 1, 28), (n, 28, 1)
@@ -314,7 +314,7 @@ def augment(images, generator, rotate=0.0, scale=0.0, shear=0.0, shift=0.0, elas
     middle = (low + high)[:, :, None] / 2
     drawn *= ((x - middle[:, :1]).abs() < side / 2) & ((y - middle[:, 1:]).abs() < side / 2)
     drawn = drawn.round().byte()
-    return torch.where(drawn.amax((1, 2), keepdim=True) > 0, drawn, images)          # one so faint that it vanished, as it was
+    return torch.where(drawn.amax((1, 2), keepdim=True) > 0, drawn, images)     # what faded away altogether: as it was
 
 
 # ---------------------------------------------------------------------------------------------------------------------
