@@ -496,8 +496,8 @@ def run(given):
                 raise FloatingPointError(f"loss {line['loss']} and gradient norm {line['grad_norm']} by step {step}, at learning "
                                          f"rate {lr:.2g}: try a lower --lr; {path} is from an earlier step, if it is there")
             print(json.dumps(line), file=log, flush=True)
-            shown = show(f"step {step:,}/{settings.max_steps:,}  loss {line['loss']:.4f}  {kind} digits right in training "
-                         f"{percent(digits_right / max(digits_seen, 1))}  {line['images_per_second']:,.0f} images/s  "
+            shown = show(f"step {step:,}/{settings.max_steps:,}  loss {line['loss']:.4f}  "
+                         f"{kind} digits {percent(digits_right / max(digits_seen, 1))}  {line['images_per_second']:,.0f} images/s  "
                          f"ETA {clock(train_seconds / step * (settings.max_steps - step))}", shown)
             if evaluate_now:
                 result = evaluation(averaged, step=step, seconds=seconds_before + time.perf_counter() - started,
