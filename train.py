@@ -236,6 +236,12 @@ def pick_dtype(name, device):
 # The loop and what surrounds it
 
 
+def predict(model, canvas, device, dtype):
+    """uint8 canvases (B, H, W) -> float32 logits (B, gh, gw, classes), computed in dtype."""
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        return model(data.to_input(canvas)).float()
+
+
 @torch.no_grad()
 def evaluate(model, canvases, labels, classes, batch_size, device, dtype):
     """Mean loss and accuracies (shares of 1, None where one does not apply) over canvases (n, H, W) and the labels
@@ -244,9 +250,8 @@ def evaluate(model, canvases, labels, classes, batch_size, device, dtype):
     loss, digits, digits_right, empties, empties_right, exact = 0.0, 0, 0, 0, 0, 0
     for canvas, label in zip(canvases.split(batch_size), labels.split(batch_size)):
         label = label.to(device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(data.to_input(canvas.to(device)))
-        loss += F.cross_entropy(logits.float().flatten(0, 2), label.flatten(), reduction="sum").item()
+        logits = predict(model, canvas.to(device), device, dtype)
+        loss += F.cross_entropy(logits.flatten(0, 2), label.flatten(), reduction="sum").item()
         right, digit = logits.argmax(-1) == label, label < classes
         digits += digit.sum().item()
         digits_right += (right & digit).sum().item()
@@ -441,14 +446,9 @@ def run(given):
     images, labels = (tensor.to(device) for tensor in digits)
     augmentation = {name: getattr(settings, name) for name in ("rotate", "scale", "shear", "shift", "elastic")}
     forward = torch.compile(model) if settings.compile else model
-
-    def predict(canvas):  # uint8 (B, H, W) -> float (B, gh, gw, classes)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return forward(data.to_input(canvas)).float()
-
     if settings.compile:  # now, so that the clock of the training does not count it
         blank = torch.zeros(settings.batch_size, options["size"], options["size"], dtype=torch.uint8, device=device)
-        predict(blank).sum().backward()
+        predict(forward, blank, device, dtype).sum().backward()
     sums, since = torch.zeros(3, device=device), step  # of loss, digits and digits read right, since the last log line
     mark = shown = saved = time.perf_counter()
     with open(log_path, "a") as log:
@@ -459,7 +459,7 @@ def run(given):
                                            **train_options)
             torch.manual_seed(random_stream("cpu", settings.seed, step, "dropout").initial_seed())
             model.train()
-            logits = predict(canvas)
+            logits = predict(forward, canvas, device, dtype)
             # Most cells of phase 3 are empty, and all count alike: empty ones weighted 0.2 found more digits (91.1% against
             # 83.7%, after 400 steps of 128) but saw so many where there are none that exact canvases fell from 62.0% to
             # 51.2%. Canvases with more digits (train_digits) are the cure: 65.9%.
@@ -501,8 +501,7 @@ def run(given):
                          f"ETA {clock(train_seconds / step * (settings.max_steps - step))}", shown)
             if evaluate_now:
                 result = evaluation(averaged, step=step, seconds=seconds_before + time.perf_counter() - started,
-                                    train_seconds=train_seconds)
-                result["final"] = final
+                                    train_seconds=train_seconds, final=final)
                 print(json.dumps(result), file=log, flush=True)
                 show(f"step {step:,}  {clock(train_seconds)}  {result['data']}: loss {result['loss']:.4f}  "
                      f"digits {percent(result['digit_accuracy'])}  empty {percent(result['empty_accuracy'])}  "
