@@ -1,9 +1,12 @@
 """The tests: python -m pytest -q. With MNIST_DIR=folder of the MNIST files they also train on real digits."""
+import copy
 import gzip
 import hashlib
 import http.server
 import json
 import os
+import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -16,6 +19,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import train
@@ -526,8 +531,13 @@ def test_shapes_other_sizes_and_gradients(fields):
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (1, 3, 28, 28), (1, 1, 29, 28), (1, 1, 28, 30), (1, 1, 0, 28)])
 def test_model_refuses_other_shapes(shape):
-    with pytest.raises(ValueError, match=r"expected images \(B, 1, H, W\) with H and W multiples of 7 px, got \("):
+    with pytest.raises(ValueError, match=r"expected float images \(B, 1, H, W\) with H and W multiples of 7 px, got torch.float32 \("):
         ViT(ViTConfig())(torch.zeros(shape))
+
+
+def test_model_refuses_bytes():
+    with pytest.raises(ValueError, match=r"expected float images .* got torch.uint8 \(2, 1, 28, 28\)"):
+        ViT(ViTConfig())(torch.zeros(2, 1, 28, 28, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("fields,words", [
@@ -563,33 +573,213 @@ def test_a_cell_reads_its_own_tokens():
     torch.testing.assert_close(model(images)[:, 0, 1], upper_right)
 
 
-def test_forward_equals_one_written_out_plainly():
+def plain_forward(state, images, patch, heads):
+    """The ViT of a state dict with a class token, written out plainly: logits, and the attention of every block."""
+    def linear(t, name):
+        return torch.einsum("bni,oi->bno", t, state[name + ".weight"]) + state[name + ".bias"]
+
+    def norm(t, name):
+        centred = t - t.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * state[name + ".weight"] + state[name + ".bias"]
+
+    B, C, H, W = images.shape
+    patches = images.view(B, C, H // patch, patch, W // patch, patch)
+    x = torch.einsum("bcrpsq,dcpq->brsd", patches, state["patch_embed.proj.weight"]) + state["patch_embed.proj.bias"]
+    x = torch.cat((state["cls_token"].expand(B, -1, -1), x.flatten(1, 2)), 1) + state["pos_embed"]
+    maps = []
+    for i in range(sum(name.endswith("attn.qkv.weight") for name in state)):
+        q, k, v = linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv").unflatten(2, (3, heads, -1)).unbind(2)
+        maps.append((torch.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5).softmax(-1))
+        x = x + linear(torch.einsum("bhnm,bmhd->bnhd", maps[-1], v).flatten(2), f"blocks.{i}.attn.proj")
+        h = linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1")
+        x = x + linear(h * (1 + torch.erf(h / 2**0.5)) / 2, f"blocks.{i}.mlp.fc2")
+    return linear(norm(x, "norm"), "head")[:, 0], torch.stack(maps)
+
+
+def shaken(config):
+    """A model in eval mode all of whose parameters matter: biases, norms and positions start where they do nothing."""
     torch.manual_seed(0)
-    config = ViTConfig(image_size=16, patch_size=4, dim=24, depth=3, heads=3, class_token=True)
-    model, x = ViT(config).eval(), torch.randn(5, 1, 16, 16)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-        w = model.state_dict()
-        patches = x.view(5, 4, 4, 4, 4).transpose(2, 3).reshape(5, 16, 16)
-        t = patches @ w["patch_embed.proj.weight"].view(24, 16).T + w["patch_embed.proj.bias"]
-        t = torch.cat((w["cls_token"].expand(5, 1, 24), t), 1) + w["pos_embed"]
-        normed = lambda t, name: (t - t.mean(-1, keepdim=True)) / (t.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt() * w[name + ".weight"] + w[name + ".bias"]
-        linear = lambda t, name: torch.einsum("bni,oi->bno", t, w[name + ".weight"]) + w[name + ".bias"]
-        for i in range(3):
-            q, k, v = linear(normed(t, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv").view(5, 17, 3, 3, 8).unbind(2)
-            a = (torch.einsum("bnhd,bmhd->bhnm", q, k) / 8**0.5).softmax(-1)
-            t = t + linear(torch.einsum("bhnm,bmhd->bnhd", a, v).reshape(5, 17, 24), f"blocks.{i}.attn.proj")
-            h = linear(normed(t, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1")
-            t = t + linear(h * (1 + torch.erf(h / 2**0.5)) / 2, f"blocks.{i}.mlp.fc2")
-        torch.testing.assert_close(model(x), linear(normed(t, "norm"), "head")[:, 0], rtol=1e-5, atol=1e-5)
+    model = ViT(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def assert_same(one, other, tolerance=1e-5):
+    assert one.shape == other.shape and (one - other).norm() <= tolerance * other.norm()
+
+
+@pytest.mark.parametrize("fields", [
+    dict(image_size=16, patch_size=4, dim=24, depth=3, heads=3), dict(image_size=32, patch_size=16, in_channels=3, num_classes=7),
+    dict(image_size=30, patch_size=3, in_channels=2, dim=36, depth=1, heads=1, mlp_ratio=1.3), dict(dim=96, depth=7, heads=12, mlp_ratio=4)])
+def test_logits_and_attention_are_those_of_a_plain_forward(fields):
+    """1.3 * 36 = 46.8 channels are 46, as elsewhere. Few tokens and many: each form of attention is the same."""
+    model = shaken(ViTConfig(class_token=True, **fields))
+    images = torch.randn(5, model.config.in_channels, *(model.config.image_size,) * 2)
+    logits, maps = plain_forward(model.state_dict(), images, model.config.patch_size, model.config.heads)
+    assert_same(model(images), logits)
+    assert_same(model.attention_maps(images), maps)
+    assert_same(model.forward_features(images, []), model.forward_features(images))
+    assert_same(model.head(model.forward_features(images)[:, 0]), logits)
+    assert_same(torch.compile(model, backend="eager", fullgraph=True)(images), logits)
+
+
+def test_parameters_have_the_names_that_public_weights_have():
+    block = {"norm1": (48,), "attn.qkv": (144, 48), "attn.proj": (48, 48), "norm2": (48,), "mlp.fc1": (192, 48), "mlp.fc2": (48, 192)}
+    layers = {"patch_embed.proj": (48, 3, 8, 8), "norm": (48,), "head": (5, 48)}
+    layers |= {f"blocks.{i}.{name}": shape for i in range(2) for name, shape in block.items()}
+    expected = {"cls_token": (1, 1, 48), "pos_embed": (1, 17, 48)}
+    for name, shape in layers.items():
+        expected |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    model = ViT(ViTConfig(image_size=32, patch_size=8, in_channels=3, num_classes=5, dim=48, depth=2, mlp_ratio=4, class_token=True))
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == expected
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_weights_of_another_resolution_load(class_token):
+    small = shaken(ViTConfig(class_token=class_token))
+    large = ViT(ViTConfig(image_size=42, class_token=class_token)).eval()
+    state = small.state_dict()
+    large.load_state_dict(state)
+    assert state["pos_embed"].shape[1] == 16 + class_token              # what was loaded from stays as it was
+    images = torch.randn(2, 1, 42, 42)
+    assert_same(large(images), small(images), 1e-6)                     # the small model resamples on the fly
+    assert torch.equal(large.pos_embed[:, :class_token], small.pos_embed[:, :class_token])
+    grid = small.pos_embed[0, class_token:].view(4, 4, -1).permute(2, 0, 1)
+    expected = F.interpolate(grid[None], (6, 6), mode="bicubic", antialias=True)[0].flatten(1).T
+    torch.testing.assert_close(large.pos_embed[0, class_token:], expected)
+    nested = torch.nn.ModuleDict({"eye": ViT(large.config)})            # a part of a larger model
+    nested.load_state_dict({f"eye.{name}": tensor for name, tensor in state.items()})
+    assert torch.equal(nested["eye"].pos_embed, large.pos_embed)
+    with pytest.raises(RuntimeError, match="size mismatch for pos_embed"):
+        large.load_state_dict(state | {"pos_embed": torch.zeros(1, 12, 64)})
+
+
+def test_positions_of_a_rectangle():
+    """Rows stay rows and columns columns: positions that differ by row alone do so on every grid."""
+    from vit import resample_positions
+    by_row = torch.arange(5.0).repeat_interleave(5).view(1, 25, 1)
+    stretched = resample_positions(by_row, False, 9, 3).view(9, 3)
+    assert torch.allclose(stretched, stretched[:, :1].expand(9, 3)) and (stretched[:, 0].diff() > 0).all()
+    assert torch.allclose(resample_positions(torch.ones(1, 26, 2), True, 3, 7), torch.ones(1, 22, 2))
+
+
+@pytest.mark.parametrize("name,parameters,gflops", [("Ti", 5_717_416, 2.507), ("S", 22_050_664, 9.198), ("B", 86_567_656, 35.13),
+                                                    ("L", 304_326_632, 123.11)])
+def test_presets_are_the_published_sizes(name, parameters, gflops):
+    config = ViTConfig.preset(name)
+    assert config.num_parameters() == parameters and config.flops() / 1e9 == pytest.approx(gflops, rel=1e-3)
+    assert ViTConfig.preset(name, num_classes=10, image_size=384).num_classes == 10
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match="the presets are Ti, S, B, L, not 'H'"):
+        ViTConfig.preset("H")
+
+
+@pytest.mark.parametrize("fields", CONFIGS)
+def test_parameters_and_flops_are_what_torch_counts(fields):
+    model = ViT(ViTConfig(**fields))
+    assert model.config.num_parameters() == sum(p.numel() for p in model.parameters())
+    side = model.config.cell or model.config.patch_size
+    for height, width in ((model.config.image_size,) * 2, (2 * side, 3 * side)):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(torch.randn(3, model.config.in_channels, height, width))
+        assert model.config.flops(height, width) == pytest.approx(counter.get_total_flops() / 3, rel=0.02)
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(positions="rotary", overlap=2, cell=7), dict(class_token=True, dropout=0.1, drop_path=0.1)])
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_to_one_graph_for_any_batch(fields, training):
+    torch._dynamo.reset()
+    model, graphs = ViT(ViTConfig(depth=2, **fields)).train(training), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+    compiled = torch.compile(model, backend=count, fullgraph=True)
+    for batch in (64, 64, 37, 1, 2, 100, 128, 1):
+        compiled(torch.randn(batch, 1, 28, 28))
+    assert 1 <= len(graphs) <= 3
+
+
+def test_compiled_gradients_are_the_same():
+    torch.manual_seed(0)
+    model, images = ViT(ViTConfig(positions="rotary", overlap=3, depth=2)), torch.randn(6, 1, 28, 28)
+    gradients = []
+    for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        forward(images).square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert_same(*gradients)
+
+
+@pytest.mark.parametrize("fields", CONFIGS)
+def test_exports(fields):
+    model = shaken(ViTConfig(**fields))
+    shape = model.config.in_channels, *(model.config.image_size,) * 2
+    program = torch.export.export(model, (torch.randn(2, *shape),), dynamic_shapes=({0: torch.export.Dim("batch", max=64)},))
+    images = torch.randn(5, *shape)
+    assert_same(program.module()(images), model(images))
+
+
+def test_bfloat16_autocast_is_near():
+    for fields in CONFIGS:
+        model = shaken(ViTConfig(**fields))
+        images = torch.randn(4, model.config.in_channels, *(model.config.image_size,) * 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model(images)
+        assert half.dtype == torch.bfloat16
+        assert_same(half.float(), model(images), 0.03)
+
+
+@pytest.mark.parametrize("fields", CONFIGS)
+def test_copies_are_exact(fields, tmp_path):
+    model = shaken(ViTConfig(**fields))
+    images = torch.randn(2, model.config.in_channels, *(model.config.image_size,) * 2)
+    with torch.device("meta"):
+        empty = ViT(model.config).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    filled = empty.to_empty(device="cpu")
+    filled.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    for twin in (filled, copy.deepcopy(model)):
+        assert torch.equal(twin(images), model(images))
+        assert all(torch.equal(tensor, twin.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_seed_decides_everything():
+    def train_a_little(seed):
+        torch.manual_seed(seed)
+        model = ViT(ViTConfig(depth=2, dropout=0.1, drop_path=0.1))
+        model(torch.randn(4, 1, 28, 28)).square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert torch.equal(train_a_little(3), train_a_little(3)) and not torch.equal(train_a_little(3), train_a_little(4))
 
 
 def test_dropout_and_drop_path_rest_in_eval_mode():
     torch.manual_seed(0)
-    model, x = ViT(ViTConfig(dropout=0.3, drop_path=0.3)), torch.randn(4, 1, 28, 28)
-    assert not torch.equal(model(x), model(x))
-    assert torch.equal(model.eval()(x), model(x))
+    images = torch.randn(4, 1, 28, 28)
+    plain = ViT(ViTConfig()).eval()
+    for fields in (dict(dropout=0.3), dict(drop_path=0.3)):
+        model = ViT(ViTConfig(**fields))
+        model.load_state_dict(plain.state_dict())
+        assert not torch.equal(model(images), model(images))
+        assert torch.equal(model.eval()(images), plain(images))
+
+
+SNIPPETS = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("snippet", range(3))
+def test_snippets_of_the_readme_run_beside_vit_py_alone(tmp_path, snippet):
+    shutil.copy(HERE / "vit.py", tmp_path)
+    torch.save({"model": ViT(ViTConfig.preset("Ti")).state_dict()}, tmp_path / "deit_tiny_patch16_224.pth")
+    # The shapes that its comments promise are checked too
+    code, promises = re.subn(r"^( *)(\w+) = .*# (\(\d[\d, ]+\))", r"\g<0>\n\1assert \2.shape == \3, \2.shape  #", SNIPPETS[snippet],
+                             flags=re.MULTILINE)
+    assert promises >= 1
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_load_runs_no_code(tmp_path):
@@ -601,7 +791,6 @@ def test_load_runs_no_code(tmp_path):
     (tmp_path / "empty.pt").write_bytes(b"")
     torch.save({"config": {"wings": 2}, "average": {}}, tmp_path / "other.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     torch.save({"config": {"dim": 32}, "average": ViT(ViTConfig()).state_dict()}, tmp_path / "shapes.pt")
     for path in tmp_path.glob("*.pt"):
         with pytest.raises(ValueError, match="is not a checkpoint of this model") as caught:
