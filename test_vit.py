@@ -613,7 +613,7 @@ def assert_same(one, other, tolerance=1e-5):
     dict(image_size=16, patch_size=4, dim=24, depth=3, heads=3), dict(image_size=32, patch_size=16, in_channels=3, num_classes=7),
     dict(image_size=30, patch_size=3, in_channels=2, dim=36, depth=1, heads=1, mlp_ratio=1.3), dict(dim=96, depth=7, heads=12, mlp_ratio=4)])
 def test_logits_and_attention_are_those_of_a_plain_forward(fields):
-    """1.3 * 36 = 46.8 channels are 46, as elsewhere. Few tokens and many: each form of attention is the same."""
+    """Few tokens and many, eager and compiled: each form of attention is the same."""
     model = shaken(ViTConfig(class_token=True, **fields))
     images = torch.randn(5, model.config.in_channels, *(model.config.image_size,) * 2)
     logits, maps = plain_forward(model.state_dict(), images, model.config.patch_size, model.config.heads)
@@ -633,6 +633,10 @@ def test_parameters_have_the_names_that_public_weights_have():
         expected |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     model = ViT(ViTConfig(image_size=32, patch_size=8, in_channels=3, num_classes=5, dim=48, depth=2, mlp_ratio=4, class_token=True))
     assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == expected
+
+
+def test_a_fractional_mlp_is_rounded_down_as_elsewhere():
+    assert ViT(ViTConfig(dim=36, mlp_ratio=1.3)).blocks[0].mlp.fc1.out_features == 46     # of 46.8
 
 
 @pytest.mark.parametrize("class_token", [True, False])
