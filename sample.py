@@ -1,27 +1,47 @@
-"""Look at what a trained model sees and reads: test canvases drawn in the terminal, the reading beside the truth.
+"""Look at what a trained model sees and reads, in the terminal and in a picture.
 
-    python sample.py --phase=3                  # the first canvases of the test set, read by out/phase3/ckpt.pt
-    python sample.py --phase=3 --start=100 --count=10
+    python sample.py --phase=3                       # test canvases, figures, and out/phase3/sample.png
+    python sample.py --phase=3 --mistakes            # only what it reads wrong, worst first
+    python sample.py --phase=3 --attention           # where it looked for each digit: out/phase3/attention.png
+    python sample.py --phase=3 --image page.png --digit_height=60     # your own pictures: out/phase3/image.png
+    python sample.py --curves --out_dir out/a out/b  # how runs went: out/a/curves.png (needs matplotlib)
 """
 import argparse
+import json
 import os
+import re
+import struct
 import sys
+import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 import data
 from vit import ViT
+
+MOST_PIXELS = 64_000_000    # of a picture that is read
+LONGEST_SIDE = 1024         # px, of a canvas that is read: attention's cost grows with the fourth power of it
+TILE = 256                  # px, about the side of a canvas in a picture
+GREEN, RED, GREY, WHITE = (90, 220, 110), (255, 95, 85), (150, 150, 150), (255, 255, 255)
 
 
 def parse(arguments):
     parser = argparse.ArgumentParser(prog="sample.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--phase", type=int, default=3, help="whose checkpoint to take, out/phase<phase> (default: 3)")
-    parser.add_argument("--out_dir", help="the folder of ckpt.pt, in place of out/phase<phase>")
+    parser.add_argument("--out_dir", nargs="+", help="the folder of ckpt.pt, in place of out/phase<phase>; several with --curves")
     parser.add_argument("--data_dir", default="data/mnist", help="folder of the MNIST files (default: data/mnist)")
     parser.add_argument("--start", type=int, default=0, help="the first test canvas to show (default: 0)")
-    parser.add_argument("--count", type=int, default=4, help="how many to show (default: 4)")
+    parser.add_argument("--count", type=int, help="how many to show (default: 4 in the terminal, 16 in the picture)")
+    parser.add_argument("--mistakes", action="store_true", help="show only canvases with mistakes, worst first")
+    parser.add_argument("--attention", action="store_true", help="show where the cell of each digit looked, in attention.png")
+    parser.add_argument("--curves", action="store_true", help="draw metrics.jsonl into curves.png, with matplotlib")
+    parser.add_argument("--image", nargs="+", metavar="FILE", help="read these: .npy and .pgm, others through Pillow")
+    parser.add_argument("--digit_height", type=float, help="px, height of the digits in --image, where they are found anywhere "
+                        "(default: 20, MNIST's)")
     return parser.parse_args(arguments)
 
 
@@ -36,6 +56,29 @@ def load(path):
     return model, checkpoint["phase"], checkpoint["canvas"], checkpoint["data"]
 
 
+@torch.no_grad()
+def logits_of(model, canvases):
+    return torch.cat([model(data.to_input(batch)) for batch in canvases.split(100)])
+
+
+def compare(reading, truth, empty):
+    """(row, column, digit there or None, digit read or None, confidence) for each cell that has one or the other.
+
+    truth: (gh, gw) cell labels, or None where nobody knows: then what is read passes for what is there.
+    """
+    read = {(row, column): (digit, confidence) for digit, row, column, confidence in reading}
+    if truth is None:
+        there = {place: digit for place, (digit, _) in read.items()}
+    else:
+        there = {(row, column): digit for row, line in enumerate(truth.tolist()) for column, digit in enumerate(line)
+                 if digit != empty}
+    return [(*place, there.get(place), *read.get(place, (None, None))) for place in sorted(read.keys() | there.keys())]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the terminal
+
+
 def draw(canvas, colour):
     """A canvas, uint8 (H, W), as lines of text in a frame: two pixels a character, the upper in front of the lower."""
     lines = ["┌" + "─" * canvas.shape[1] + "┐"]
@@ -48,39 +91,380 @@ def draw(canvas, colour):
     return lines + ["└" + "─" * canvas.shape[1] + "┘"]
 
 
-def compare(reading, truth, empty):
-    """A line for each cell that holds a digit or is read as holding one: place, truth, reading, confidence."""
-    read = {(row, column): (digit, confidence) for digit, row, column, confidence in reading}
-    there = {(row, column): digit for row, line in enumerate(truth.tolist()) for column, digit in enumerate(line)
-             if digit != empty}
+def describe(findings, known, colour):
+    """A line for each finding of `compare`: place, truth where it is known, reading, confidence."""
     lines = []
-    for place in sorted(read.keys() | there.keys()):
-        digit, confidence = read.get(place, (None, None))
-        mark = "" if digit == there.get(place) else "   <-- wrong"
-        lines.append(f"  row {place[0]} column {place[1]}: {there.get(place, 'nothing')}, read as "
-                     + ("nothing" if digit is None else f"{digit} ({100 * confidence:.1f}%)") + mark)
-    return lines or ["  nothing there, nothing read"]
+    for row, column, there, digit, confidence in findings:
+        line = f"  row {row} column {column}: " + (f"{'nothing' if there is None else there}, read as " if known else "")
+        line += "nothing" if digit is None else f"{digit} ({100 * confidence:.1f}%)"
+        if there != digit:
+            line = f"\033[1;31m{line}   <-- wrong\033[0m" if colour else f"{line}   <-- wrong"
+        lines.append(line)
+    return lines or ["  nothing there, nothing read" if known else "  nothing"]
+
+
+def figures(truth, best, classes):
+    """Confusion matrix, precision and recall, accuracy by number of digits: lines of at most 80 columns.
+
+    truth, best: (n, gh, gw) labels of cells and the model's; classes: how many are digits, the next one is "empty".
+    """
+    size = max(truth.max().item(), best.max().item(), classes - 1) + 1      # with "empty", where there is such a thing
+    confusion = torch.bincount((truth * size + best).flatten(), minlength=size * size).view(size, size)
+    right, there, read = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    names = [str(i) for i in range(classes)] + ["empty"] * (size > classes)
+
+    def count(n):  # in 5 columns
+        return "." if n == 0 else f"{n}" if n < 10_000 else f"{n / 1000:.0f}k"
+
+    def share(part, whole):
+        return f"{100 * part / whole:.2f}%" if whole else "-"
+
+    lines = ["", "Cells: what is there (rows) and what is read (columns)" if size <= 11 else "Cells"]
+    columns = range(size) if size <= 11 else []                             # more do not fit
+    lines.append(" " * 6 + "".join(f"{names[j]:>6}" if j >= classes else f"{names[j]:>5}" for j in columns) + "   recall precision")
+    for i in range(size):
+        cells = "".join(f"{count(confusion[i, j].item()):>{6 if j >= classes else 5}}" for j in columns)
+        lines.append(f"{names[i]:>6}{cells}{share(right[i].item(), there[i].item()):>9}{share(right[i].item(), read[i].item()):>9}")
+    digit = truth < classes
+    number, exact = digit.flatten(1).sum(1), (truth == best).flatten(1).all(1)
+    lines += ["", f"{'digits on a canvas':>18}{'canvases':>10}{'all right':>11}{'digits right':>14}"]
+    for n in number.unique().tolist():
+        of = number == n
+        lines.append(f"{n:>18}{of.sum().item():>10,}{share(exact[of].sum().item(), of.sum().item()):>11}"
+                     f"{share((digit & (truth == best))[of].sum().item(), digit[of].sum().item()):>14}")
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a picture: uint8 (height, width, 3)
+
+FONT = {letter: [int(row) for row in rows] for letter, rows in (glyph.split(":") for glyph in (  # 3 x 5 px, a digit a row
+    "0:75557 1:26227 2:71747 3:71717 4:55711 5:74717 6:74757 7:71122 8:75757 9:75717 A:25755 B:65656 C:34443 D:65556 "
+    "E:74647 F:74644 G:34553 H:55755 I:72227 J:11152 K:55655 L:44447 M:57755 N:65555 O:25552 P:65644 Q:25573 R:65655 "
+    "S:34216 T:72222 U:55557 V:55552 W:55775 X:55255 Y:55222 Z:71247 .:00002 %:51245 -:00700 _:00007 ?:71302").split())}
+
+
+def write(picture, top, left, words, colour, scale=2):
+    """Words into a picture, in letters of 3 x 5 px times scale, on a dark ground. What does not fit is cut off."""
+    height, width = picture.shape[:2]
+    left, top = max(0, min(left, width - 4 * scale * len(words) - scale)), max(0, min(top, height - 7 * scale))
+    picture[top:top + 7 * scale, left:left + scale * (4 * len(words) + 1)] = 24
+    for i, letter in enumerate(words.upper()):
+        bits = np.array([[row >> 2 & 1, row >> 1 & 1, row & 1] for row in FONT.get(letter, [0] * 5)], dtype=bool)
+        glyph = picture[top + scale:, left + scale * (4 * i + 1):][:5 * scale, :3 * scale]
+        glyph[bits.repeat(scale, 0).repeat(scale, 1)[:glyph.shape[0], :glyph.shape[1]]] = colour
+
+
+def outline(picture, top, left, side, colour, dashed):
+    """A square frame 2 px wide, dashed where something is wrong with what is in it."""
+    line = (np.arange(side) // 4 % 2 == 0) if dashed else np.ones(side, dtype=bool)
+    for edge in (picture[top:top + 2, left:left + side].swapaxes(0, 1), picture[top + side - 2:top + side, left:left + side].swapaxes(0, 1),
+                 picture[top:top + side, left:left + 2], picture[top:top + side, left + side - 2:left + side]):
+        edge[line] = colour
+
+
+def tile(canvas, findings, cell, caption, known, heat=None):
+    """A canvas enlarged, the cell of each finding framed and named, a caption below.
+
+    heat: float (rows, columns) from 0 to 1 laid over it in orange.
+    """
+    scale = max(1, TILE // max(canvas.shape))
+    picture = np.repeat(canvas.numpy().repeat(scale, 0).repeat(scale, 1)[:, :, None], 3, axis=2)
+    if heat is not None:
+        warm = F.interpolate(heat[None, None], picture.shape[:2], mode="bilinear")[0, 0, :, :, None].numpy()
+        picture = ((1 - 0.6 * warm) * picture + 0.6 * warm * np.array([255, 140, 0])).astype(np.uint8)
+    for row, column, there, digit, _ in findings:
+        side = cell * scale
+        wrong = there != digit
+        outline(picture, row * side, column * side, side, RED if wrong else GREEN, wrong)
+    for row, column, there, digit, _ in findings:                           # names come over all frames
+        words = str(digit) if there == digit else f"{there} MISSED" if digit is None else \
+            f"{digit}? EMPTY" if there is None else f"{digit}? IS {there}"
+        beside = (column + 1) * side + 2 if (column + 1) * side + 40 < picture.shape[1] else column * side - 8 * len(words) - 4
+        write(picture, row * side, beside if side < 64 else column * side + 4, words, GREEN if there == digit else RED)
+    whole = np.full((picture.shape[0] + 28, max(picture.shape[1], 10 + 8 * len(caption)), 3), 24, dtype=np.uint8)
+    whole[:picture.shape[0], :picture.shape[1]] = picture
+    mistakes = sum(there != digit for _, _, there, digit, _ in findings)
+    write(whole, picture.shape[0] + 7, 0, caption, (RED if mistakes else GREEN) if known else WHITE)
+    return whole
+
+
+def caption(name, findings, known):
+    mistakes = sum(there != digit for _, _, there, digit, _ in findings)
+    verdict = f"{len(findings)} read" if not known else f"{mistakes} wrong" if mistakes else "all right" if findings else "empty. right"
+    return f"{name}  {verdict}"
+
+
+def sheet(rows):
+    """Rows of tiles -> one picture."""
+    height = max(tile.shape[0] for row in rows for tile in row) + 8
+    width = max(tile.shape[1] for row in rows for tile in row) + 8
+    picture = np.full((height * len(rows) + 8, width * max(map(len, rows)) + 8, 3), 60, dtype=np.uint8)
+    for i, row in enumerate(rows):
+        for j, one in enumerate(row):
+            picture[8 + i * height:, 8 + j * width:][:one.shape[0], :one.shape[1]] = one
+    return picture
+
+
+def save_png(path, picture):
+    """uint8 (H, W, 3) -> a PNG file (W3C PNG specification, colour type 2, filter 0), written beside and renamed."""
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    height, width = picture.shape[:2]
+    lines = np.concatenate((np.zeros((height, 1), np.uint8), picture.reshape(height, -1)), axis=1)
+    beside = path.with_suffix(".png.part")
+    beside.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+                       + chunk(b"IDAT", zlib.compress(lines.tobytes())) + chunk(b"IEND", b""))
+    os.replace(beside, path)
+    print(f"wrote {path}")
+
+
+@torch.no_grad()
+def gaze(model, canvas):
+    """Where each cell looked, from 0 to 1: (gh, gw, rows, columns of patches). Attention rollout (Abnar 2020,
+    arXiv:2005.00928): the maps of all blocks multiplied, half of every one passed by on the residual stream."""
+    patch, cell = model.config.patch_size, model.config.cell
+    maps = model.attention_maps(data.to_input(canvas[None]))[:, 0].mean(1)  # (depth, N, N), the mean over heads
+    flow = torch.eye(maps.shape[-1])
+    for block in maps:
+        flow = (block + torch.eye(len(flow))) / 2 @ flow
+    rows, columns, k = canvas.shape[0] // patch, canvas.shape[1] // patch, cell // patch
+    flow = flow.view(rows // k, k, columns // k, k, rows, columns).mean((1, 3))
+    return flow / flow.amax((2, 3), keepdim=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Your own pictures
+
+
+def load_picture(path):
+    """A file -> float tensor (H, W), 0 black to 1 white. Raises ValueError for what is no picture or too large."""
+    def check(height, width):
+        if not 0 < height * width <= MOST_PIXELS:
+            raise ValueError(f"it has {width:,} x {height:,} px, allowed are 1 to {MOST_PIXELS:,} in all")
+
+    try:
+        if path.suffix.lower() == ".npy":
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(array, np.ndarray) or array.ndim not in (2, 3) or array.dtype.kind not in "buif":
+                raise ValueError("expected numbers (H, W), (H, W, 3) or (H, W, 4)")
+            check(*array.shape[:2])
+        elif path.suffix.lower() == ".pgm":
+            with open(path, "rb") as file:
+                header = re.match(rb"P([25])" + 3 * rb"(?:\s|#[^\n]*\n)+(\d{1,9})" + rb"\s", file.read(65536))
+                if not header:
+                    raise ValueError("it does not begin like a PGM file, P5 or P2")
+                width, height, most = (int(n) for n in header.groups()[1:])
+                check(height, width)
+                file.seek(header.end())
+                kind = np.dtype(">u2" if most > 255 else "u1")
+                array = np.frombuffer(file.read(height * width * kind.itemsize), kind) if header[1] == b"5" else \
+                    np.array(file.read(8 * height * width + 65536).split()[:height * width], dtype=np.int64)
+                array = array.reshape(height, width) / max(most, 1)
+        else:
+            try:
+                from PIL import Image, ImageOps
+            except ImportError:
+                raise ValueError("only .npy and .pgm are read without Pillow: pip install pillow") from None
+            Image.MAX_IMAGE_PIXELS = None                                   # `check` has its say before pixels are read
+            with Image.open(path) as image:
+                check(*image.size)
+                image = ImageOps.exif_transpose(image)
+                array = np.asarray(image if image.mode[0] in "IF" else image.convert("RGBA"))
+        return grey(torch.from_numpy(np.array(array, dtype=np.float32)), array.dtype)
+    except MemoryError:
+        raise ValueError(f"{path} cannot be read: it takes more memory than there is") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # each format has many kinds of them for a broken file
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from None
+
+
+def grey(pixels, dtype):
+    """float (H, W) or (H, W, channels) of a NumPy dtype -> (H, W) from 0 to 1: colour by its luma (ITU-R BT.601), what is
+    transparent on white."""
+    if not pixels.isfinite().all():
+        raise ValueError("some of its values are not finite")
+    if dtype.kind in "ui":
+        pixels = pixels / np.iinfo(dtype).max
+    elif pixels.max() > 1 or pixels.min() < 0:                              # floats of some other range
+        pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp(min=1e-9)
+    if pixels.ndim == 2:
+        return pixels
+    if pixels.shape[2] not in (1, 3, 4):
+        raise ValueError(f"expected 1, 3 or 4 channels, not {pixels.shape[2]}")
+    if pixels.shape[2] == 4:
+        pixels = pixels[:, :, :3] * pixels[:, :, 3:] + 1 - pixels[:, :, 3:]
+    return pixels @ torch.tensor([0.299, 0.587, 0.114]) if pixels.shape[2] == 3 else pixels[:, :, 0]
+
+
+def resize(picture, height, width):
+    return F.interpolate(picture[None, None], (height, width), mode="bilinear", antialias=True)[0, 0].clamp(0, 1)
+
+
+def ink_of(picture):
+    """float (H, W) -> ink from 0 to 1, whichever of ink and paper is darker, whatever the light on the paper."""
+    middle = picture.median()
+    if (picture - middle).clamp(min=0).square().sum() < (middle - picture).clamp(min=0).square().sum():
+        picture = 1 - picture                                               # dark ink: now it is light
+    # Paper around each place: what is dark among the means of 7 x 7 blocks of 8 px
+    coarse = resize(picture, *(-(-side // 8) for side in picture.shape))
+    around = F.unfold(F.pad(coarse[None, None], [3] * 4, mode="replicate"), 7).quantile(0.2, dim=1).view_as(coarse)
+    difference = picture - resize(around, *picture.shape)
+    noise = 1.4826 * difference.abs().median()
+    full = difference.flatten().topk(min(20, difference.numel())).values.mean()     # fully inked pixels, a few at least
+    if full < max(0.1, 5 * noise):                                          # nothing but paper
+        return torch.zeros_like(picture)
+    low = max(0.1, 4 * noise / full)
+    return ((difference / full - low) / (0.95 - low)).clamp(0, 1)
+
+
+def as_mnist(picture):
+    """One digit, float (H, W) -> uint8 (28, 28) as MNIST has them: ink fitted to 20 x 20 px, its mass in the middle."""
+    scale = min(1, 200 / max(picture.shape))
+    ink = ink_of(resize(picture, *(max(1, round(side * scale)) for side in picture.shape)))
+    rows, columns = (ink > 0.3).any(1).nonzero(), (ink > 0.3).any(0).nonzero()
+    frame = torch.zeros(data.FRAME, data.FRAME)
+    if len(rows):
+        ink = ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+        height, width = (max(1, round(20 * side / max(ink.shape))) for side in ink.shape)
+        ink = resize(ink, height, width)
+        ink /= ink.max()
+        top, left = (round(data.FRAME / 2 - ((torch.arange(len(mass)) + 0.5) * mass).sum().item() / mass.sum().item())
+                     for mass in (ink.sum(1), ink.sum(0)))
+        top, left = max(0, min(top, data.FRAME - height)), max(0, min(left, data.FRAME - width))
+        frame[top:top + height, left:left + width] = ink
+    return (255 * frame).round().byte()
+
+
+def as_canvas(picture, phase, size, digit_height):
+    """A picture, float (H, W) -> a uint8 canvas of a phase. Where every cell holds a digit, the picture is cut into the
+    grid of a canvas of `size` px; elsewhere any size will do, filled up with paper to whole cells."""
+    cell = data.PHASES[phase].cell
+    if not data.has_empty_cells(phase):
+        grid = size // cell
+        if min(picture.shape) < grid:
+            raise ValueError(f"it is too small for a grid of {grid} x {grid} digits")
+        return torch.cat([torch.cat([as_mnist(part) for part in band.tensor_split(grid, dim=1)], dim=1)
+                          for band in picture.tensor_split(grid)])
+    scale = 20 / (digit_height or 20)
+    height, width = (max(1, round(side * scale)) for side in picture.shape)
+    if max(height, width) > LONGEST_SIDE:
+        raise ValueError(f"it makes a canvas of {width} x {height} px, at most {LONGEST_SIDE} will do: give the height of its "
+                         f"digits as --digit_height, or cut it")
+    ink = ink_of(resize(picture, height, width))
+    return (255 * F.pad(ink, (0, -width % cell, 0, -height % cell))).round().byte()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Curves
+
+
+def curves(folders):
+    """Draw the metrics of runs over each other, by steps and by seconds, into curves.png of the first."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--curves needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(12, 11), layout="constrained")
+    panels = figure.subplots(3, 2, sharex="col", sharey="row")
+    titles = {"loss": "cross entropy of cells", "lr": "learning rate", "accuracy": "wrong, % (test or held-back canvases)"}
+    for number, folder in enumerate(folders):
+        path = Path(folder) / "metrics.jsonl"
+        try:
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            training, evaluations = ([line for line in lines if line["event"] == event] for event in ("train", "eval"))
+            for axis, column in (("step", 0), ("seconds", 1)):
+                for row, key in ((0, "loss"), (1, "lr")):
+                    panels[row, column].plot([line[axis] for line in training], [line[key] for line in training],
+                                             color=f"C{number}", linewidth=1, label=f"{folder}, training")
+                panels[0, column].plot([line[axis] for line in evaluations], [line["loss"] for line in evaluations], "o--",
+                                       color=f"C{number}", label=f"{folder}, evaluation")
+                for key, style in (("digit_accuracy", "o-"), ("exact_match", "s--")):
+                    panels[2, column].plot([line[axis] for line in evaluations], [100 - 100 * line[key] for line in evaluations],
+                                           style, color=f"C{number}", label=f"{folder}, {key.replace('_', ' ')}")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a metrics file of train.py: {type(error).__name__}: {error}") from None
+    for row, title in enumerate(titles.values()):
+        panels[row, 0].set_ylabel(title)
+        for panel in panels[row]:
+            panel.set_yscale("linear" if row == 1 else "log")
+            panel.grid(alpha=0.3)
+    panels[2, 0].set_xlabel("step")
+    panels[2, 1].set_xlabel("seconds")
+    for row in (0, 2):
+        panels[row, 0].legend(fontsize=8)
+    path = Path(folders[0]) / "curves.png"
+    figure.savefig(path, dpi=110)
+    print(f"wrote {path}")
 
 
 def main(arguments=None):
     flags = parse(arguments)
     try:
-        model, phase, options, kind = load(Path(flags.out_dir or f"out/phase{flags.phase}") / "ckpt.pt")
-        canvases, cells = data.test_canvases(phase, *data.load_digits(kind, flags.data_dir, "test")[:2], **options)
-        if flags.count < 1 or not 0 <= flags.start < len(canvases):
-            raise ValueError(f"--start must be from 0 to {len(canvases) - 1} and --count above 0")
+        run(flags)
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         raise SystemExit(1)
-    empty = options["classes"] if data.has_empty_cells(phase) else None
-    shown = slice(flags.start, flags.start + flags.count)
-    with torch.no_grad():
-        readings = data.read(model(data.to_input(canvases[shown])), empty)
+
+
+def run(flags):
+    folders = flags.out_dir or [f"out/phase{flags.phase}"]
+    if flags.curves:
+        return curves(folders)
+    if len(folders) > 1:
+        raise ValueError("several folders in --out_dir are for --curves")
+    if flags.count is not None and flags.count < 1 or flags.start < 0:
+        raise ValueError(f"--count must be above 0 and --start at least 0, not {flags.count} and {flags.start}")
+    if flags.digit_height is not None and not 1 <= flags.digit_height <= 10_000:
+        raise ValueError(f"--digit_height must be from 1 to 10000 px, not {flags.digit_height}")
+    out = Path(folders[0])
+    model, phase, options, kind = load(out / "ckpt.pt")
+    classes = options["classes"]
+    empty = classes if data.has_empty_cells(phase) else None
     sys.stdout.reconfigure(errors="replace")  # a terminal without half blocks gets question marks, not a traceback
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    for number, (canvas, truth, reading) in enumerate(zip(canvases[shown], cells[shown], readings), flags.start):
-        print(f"\ntest canvas {number}" + (f" ({kind} digits)" if kind != "mnist" else ""))
-        print(*draw(canvas, colour), *compare(reading, truth, empty), sep="\n")
+
+    # What to show: pictures of one's own, or test canvases and how the whole test set is read
+    if flags.image:
+        shown = []
+        for name in flags.image:
+            try:
+                canvas = as_canvas(load_picture(Path(name)), phase, model.config.image_size, flags.digit_height)
+            except ValueError as error:
+                raise ValueError(error if name in str(error) else f"{name}: {error}") from None
+            shown.append((Path(name).name, canvas, None, logits_of(model, canvas[None])[0]))
+    else:
+        canvases, truth = data.test_canvases(phase, *data.load_digits(kind, flags.data_dir, "test")[:2], **options)
+        logits = logits_of(model, canvases)
+        best = logits.argmax(-1)
+        order = torch.arange(len(canvases))
+        if flags.mistakes:
+            loss = F.cross_entropy(logits.flatten(0, 2), truth.flatten(), reduction="none").view(len(truth), -1).sum(1)
+            wrong = (best != truth).flatten(1).any(1)
+            order = order[wrong][loss[wrong].argsort(descending=True, stable=True)]
+        if flags.start >= len(order):
+            raise ValueError(f"--start={flags.start}, but there are {len(order)} such canvases")
+        mark = "" if kind == "mnist" else f" ({kind} digits)"
+        shown = [(f"test canvas {i}{mark}", canvases[i], truth[i], logits[i])
+                 for i in order[flags.start:flags.start + (flags.count or 16)].tolist()]
+
+    tiles, gazes = [], []
+    for number, (name, canvas, cells, scores) in enumerate(shown):
+        known = cells is not None
+        findings = compare(data.read(scores[None], empty)[0], cells, empty)
+        tiles.append(tile(canvas, findings, model.config.cell, caption(name, findings, known), known))
+        if flags.image or number < (flags.count or 4):
+            print(f"\n{name}", *draw(canvas, colour), *describe(findings, known, colour), sep="\n")
+            if flags.attention:
+                looked = gaze(model, canvas)
+                gazes.append([tiles[-1]] + [tile(canvas, [one], model.config.cell, f"where {one[3]} looked", known,
+                                                 looked[one[0], one[1]]) for one in findings if one[3] is not None])
+    if not flags.image:
+        print(*figures(truth, best, classes), "", sep="\n")
+    save_png(out / ("image.png" if flags.image else "sample.png"), sheet([tiles[i:i + 4] for i in range(0, len(tiles), 4)]))
+    if flags.attention:
+        save_png(out / "attention.png", sheet(gazes))
 
 
 if __name__ == "__main__":
