@@ -25,7 +25,7 @@ from vit import ViT
 MOST_PIXELS = 64_000_000    # of a picture that is read
 LONGEST_SIDE = 1024         # px, of a canvas that is read: attention's cost grows with the fourth power of it
 TILE = 256                  # px, about the side of a canvas in a picture
-GREEN, RED, GREY, WHITE = (90, 220, 110), (255, 95, 85), (150, 150, 150), (255, 255, 255)
+GREEN, RED, WHITE = (90, 220, 110), (255, 95, 85), (255, 255, 255)
 
 
 def parse(arguments):
@@ -138,21 +138,19 @@ def figures(truth, best, classes):
 # ---------------------------------------------------------------------------------------------------------------------
 # In a picture: uint8 (height, width, 3)
 
-FONT = {letter: [int(row) for row in rows] for letter, rows in (glyph.split(":") for glyph in (  # 3 x 5 px, a digit a row
-    "0:75557 1:26227 2:71747 3:71717 4:55711 5:74717 6:74757 7:71122 8:75757 9:75717 A:25755 B:65656 C:34443 D:65556 "
-    "E:74647 F:74644 G:34553 H:55755 I:72227 J:11152 K:55655 L:44447 M:57755 N:65555 O:25552 P:65644 Q:25573 R:65655 "
-    "S:34216 T:72222 U:55557 V:55552 W:55775 X:55255 Y:55222 Z:71247 .:00002 %:51245 -:00700 _:00007 ?:71302").split())}
+FONT = {letter: [int(row) for row in rows] for letter, rows in (glyph.split("=") for glyph in (  # 3 x 5 px, a digit a row
+    "0=75557 1=26227 2=71747 3=71717 4=55711 5=74717 6=74757 7=71122 8=75757 9=75717 A=25755 B=65656 C=34443 D=65556 "
+    "E=74647 F=74644 G=34553 H=55755 I=72227 J=11152 K=55655 L=44447 M=57755 N=65555 O=25552 P=65644 Q=25573 R=65655 "
+    "S=34216 T=72222 U=55557 V=55552 W=55775 X=55255 Y=55222 Z=71247 .=00002 :=02020 -=00700 _=00007 ?=71302").split())}
 
 
 def write(picture, top, left, words, colour, scale=2):
-    """Words into a picture, in letters of 3 x 5 px times scale, on a dark ground. What does not fit is cut off."""
-    height, width = picture.shape[:2]
-    left, top = max(0, min(left, width - 4 * scale * len(words) - scale)), max(0, min(top, height - 7 * scale))
+    """Words into a picture, in letters of 3 x 5 px times scale, on a dark ground."""
     picture[top:top + 7 * scale, left:left + scale * (4 * len(words) + 1)] = 24
     for i, letter in enumerate(words.upper()):
         bits = np.array([[row >> 2 & 1, row >> 1 & 1, row & 1] for row in FONT.get(letter, [0] * 5)], dtype=bool)
         glyph = picture[top + scale:, left + scale * (4 * i + 1):][:5 * scale, :3 * scale]
-        glyph[bits.repeat(scale, 0).repeat(scale, 1)[:glyph.shape[0], :glyph.shape[1]]] = colour
+        glyph[bits.repeat(scale, 0).repeat(scale, 1)] = colour
 
 
 def outline(picture, top, left, side, colour, dashed):
@@ -163,36 +161,34 @@ def outline(picture, top, left, side, colour, dashed):
         edge[line] = colour
 
 
-def tile(canvas, findings, cell, caption, known, heat=None):
-    """A canvas enlarged, the cell of each finding framed and named, a caption below.
-
-    heat: float (rows, columns) from 0 to 1 laid over it in orange.
-    """
+def tile(canvas, findings, cell, caption, heat=None):
+    """A canvas enlarged, the cell of each finding framed and marked with what is read there; below, in words, a caption
+    and each mistake. heat: float (rows, columns) from 0 to 1, laid over it in orange."""
     scale = max(1, TILE // max(canvas.shape))
     picture = np.repeat(canvas.numpy().repeat(scale, 0).repeat(scale, 1)[:, :, None], 3, axis=2)
     if heat is not None:
         warm = F.interpolate(heat[None, None], picture.shape[:2], mode="bilinear")[0, 0, :, :, None].numpy()
         picture = ((1 - 0.6 * warm) * picture + 0.6 * warm * np.array([255, 140, 0])).astype(np.uint8)
+    side, mistakes = cell * scale, []
     for row, column, there, digit, _ in findings:
-        side = cell * scale
         wrong = there != digit
         outline(picture, row * side, column * side, side, RED if wrong else GREEN, wrong)
-    for row, column, there, digit, _ in findings:                           # names come over all frames
-        words = str(digit) if there == digit else f"{there} MISSED" if digit is None else \
-            f"{digit}? EMPTY" if there is None else f"{digit}? IS {there}"
-        beside = (column + 1) * side + 2 if (column + 1) * side + 40 < picture.shape[1] else column * side - 8 * len(words) - 4
-        write(picture, row * side, beside if side < 64 else column * side + 4, words, GREEN if there == digit else RED)
-    whole = np.full((picture.shape[0] + 28, max(picture.shape[1], 10 + 8 * len(caption)), 3), 24, dtype=np.uint8)
+        beside = side + 2 if side < 64 and not wrong and (column + 1) * side + 16 < picture.shape[1] else 4
+        write(picture, row * side + 4, column * side + beside, "-" if digit is None else str(digit), RED if wrong else GREEN)
+        if wrong:
+            was, reading = ("empty" if label is None else label for label in (there, digit))
+            mistakes.append(f"row {row} column {column}: {was} read as {reading}")
+    lines = [caption] + mistakes
+    whole = np.full((picture.shape[0] + 14 * len(lines) + 10, max(picture.shape[1], 10 + 8 * max(map(len, lines))), 3), 24, np.uint8)
     whole[:picture.shape[0], :picture.shape[1]] = picture
-    mistakes = sum(there != digit for _, _, there, digit, _ in findings)
-    write(whole, picture.shape[0] + 7, 0, caption, (RED if mistakes else GREEN) if known else WHITE)
+    for i, line in enumerate(lines):
+        write(whole, picture.shape[0] + 5 + 14 * i, 0, line, RED if i else WHITE)
     return whole
 
 
-def caption(name, findings, known):
+def verdict(findings, known):
     mistakes = sum(there != digit for _, _, there, digit, _ in findings)
-    verdict = f"{len(findings)} read" if not known else f"{mistakes} wrong" if mistakes else "all right" if findings else "empty. right"
-    return f"{name}  {verdict}"
+    return f"{len(findings)} read" if not known else f"{mistakes} wrong" if mistakes else "all right" if findings else "nothing there"
 
 
 def sheet(rows):
@@ -315,8 +311,8 @@ def ink_of(picture):
     full = difference.flatten().topk(min(20, difference.numel())).values.mean()     # fully inked pixels, a few at least
     if full < max(0.1, 5 * noise):                                          # nothing but paper
         return torch.zeros_like(picture)
-    low = max(0.1, 4 * noise / full)
-    return ((difference / full - low) / (0.95 - low)).clamp(0, 1)
+    low = min(4 * noise / full, 0.5)                                        # noise is no ink
+    return ((difference / full - low) / (1 - low)).clamp(0, 1)
 
 
 def as_mnist(picture):
@@ -368,7 +364,6 @@ def curves(folders):
         raise ValueError("--curves needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(12, 11), layout="constrained")
     panels = figure.subplots(3, 2, sharex="col", sharey="row")
-    titles = {"loss": "cross entropy of cells", "lr": "learning rate", "accuracy": "wrong, % (test or held-back canvases)"}
     for number, folder in enumerate(folders):
         path = Path(folder) / "metrics.jsonl"
         try:
@@ -381,17 +376,17 @@ def curves(folders):
                 panels[0, column].plot([line[axis] for line in evaluations], [line["loss"] for line in evaluations], "o--",
                                        color=f"C{number}", label=f"{folder}, evaluation")
                 for key, style in (("digit_accuracy", "o-"), ("exact_match", "s--")):
-                    panels[2, column].plot([line[axis] for line in evaluations], [100 - 100 * line[key] for line in evaluations],
+                    panels[2, column].plot([line[axis] for line in evaluations], [100 * line[key] for line in evaluations],
                                            style, color=f"C{number}", label=f"{folder}, {key.replace('_', ' ')}")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a metrics file of train.py: {type(error).__name__}: {error}") from None
-    for row, title in enumerate(titles.values()):
+    for row, title in enumerate(("cross entropy of cells", "learning rate", "accuracy, %")):
         panels[row, 0].set_ylabel(title)
         for panel in panels[row]:
-            panel.set_yscale("linear" if row == 1 else "log")
+            panel.set_yscale("linear" if row else "log")
             panel.grid(alpha=0.3)
     panels[2, 0].set_xlabel("step")
-    panels[2, 1].set_xlabel("seconds")
+    panels[2, 1].set_xlabel("seconds, evaluation included")
     for row in (0, 2):
         panels[row, 0].legend(fontsize=8)
     path = Path(folders[0]) / "curves.png"
@@ -453,13 +448,13 @@ def run(flags):
     for number, (name, canvas, cells, scores) in enumerate(shown):
         known = cells is not None
         findings = compare(data.read(scores[None], empty)[0], cells, empty)
-        tiles.append(tile(canvas, findings, model.config.cell, caption(name, findings, known), known))
+        tiles.append(tile(canvas, findings, model.config.cell, f"{name}: {verdict(findings, known)}"))
         if flags.image or number < (flags.count or 4):
             print(f"\n{name}", *draw(canvas, colour), *describe(findings, known, colour), sep="\n")
-            if flags.attention:
+            if flags.attention and any(digit is not None for _, _, _, digit, _ in findings):
                 looked = gaze(model, canvas)
-                gazes.append([tiles[-1]] + [tile(canvas, [one], model.config.cell, f"where {one[3]} looked", known,
-                                                 looked[one[0], one[1]]) for one in findings if one[3] is not None])
+                gazes.append([tiles[-1]] + [tile(canvas, [one], model.config.cell, f"where {one[3]} looked", looked[one[0], one[1]])
+                                            for one in findings if one[3] is not None])
     if not flags.image:
         print(*figures(truth, best, classes), "", sep="\n")
     save_png(out / ("image.png" if flags.image else "sample.png"), sheet([tiles[i:i + 4] for i in range(0, len(tiles), 4)]))

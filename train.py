@@ -53,6 +53,7 @@ class Settings:
     log_every: int = 10                     # steps between lines of metrics
     eval_every: Optional[int] = None        # steps between evaluations; 0: at the end alone
     save_every: float = 30.0                # seconds between checkpoints
+    wandb: bool = False                     # log to Weights & Biases too (needs the package wandb)
     # AdamW
     lr: Optional[float] = None              # peak learning rate
     warmup: float = 0.1                     # share of the steps in which the learning rate rises; then it falls to 0
@@ -341,6 +342,18 @@ def table(result, rows):
     return "\n".join(f"{title:>16}  {value}" for title, value in rows.items())
 
 
+def start_wandb(settings, config):
+    """Begin a run of Weights & Biases and return its module, imported here alone. WANDB_MODE=offline needs no network."""
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("--wandb needs the package wandb: pip install wandb") from None
+    Path(settings.out_dir).mkdir(parents=True, exist_ok=True)
+    wandb.init(project="vit-digits", name=Path(settings.out_dir).name, dir=settings.out_dir,
+               config={**asdict(settings), "model": asdict(config)})
+    return wandb
+
+
 def prepare(settings):
     """The digits to train on, the canvases to evaluate on, the options that both were asked for, the kind of the digits."""
     images, labels, kind = data.load_digits(settings.data, settings.data_dir, "train")
@@ -411,6 +424,8 @@ def run(given):
     if settings.eval_only or checkpoint and checkpoint["step"] >= settings.max_steps:
         print(table(evaluation(ViT.load(path).to(device)), {"checkpoint": path}))
         return
+
+    wandb = start_wandb(settings, config) if settings.wandb else None
 
     # The moving average of the weights is a second model; both are on flat buffers
     torch.manual_seed(settings.seed)
@@ -496,6 +511,9 @@ def run(given):
                 raise FloatingPointError(f"loss {line['loss']} and gradient norm {line['grad_norm']} by step {step}, at learning "
                                          f"rate {lr:.2g}: try a lower --lr; {path} is from an earlier step, if it is there")
             print(json.dumps(line), file=log, flush=True)
+            if wandb:
+                wandb.log({**{f"train/{name}": value for name, value in line.items() if name != "event"},
+                           "train/digit_accuracy": digits_right / max(digits_seen, 1)}, step=step)
             shown = show(f"step {step:,}/{settings.max_steps:,}  loss {line['loss']:.4f}  "
                          f"{kind} digits {percent(digits_right / max(digits_seen, 1))}  {line['images_per_second']:,.0f} images/s  "
                          f"ETA {clock(train_seconds / step * (settings.max_steps - step))}", shown)
@@ -506,6 +524,15 @@ def run(given):
                 show(f"step {step:,}  {clock(train_seconds)}  {result['data']}: loss {result['loss']:.4f}  "
                      f"digits {percent(result['digit_accuracy'])}  empty {percent(result['empty_accuracy'])}  "
                      f"exact canvases {percent(result['exact_match'])}", shown, keep=True)
+                if wandb:
+                    some = test_set[0][:8]
+                    readings = data.read(predict(averaged, some.to(device), device, dtype).detach().cpu(),
+                                         options["classes"] if data.has_empty_cells(settings.phase) else None)
+                    pictures = [wandb.Image(picture, caption=", ".join(f"{digit} ({100 * share:.0f}%)" for digit, _, _, share in reading))
+                                for picture, reading in zip(some.numpy(), readings)]
+                    wandb.log({**{f"eval/{name}": value for name, value in result.items() if isinstance(value, float)},
+                               "samples": pictures, "weights": wandb.Histogram(weights.tolist()),
+                               "gradients": wandb.Histogram(gradients.tolist())}, step=step)
                 mark = time.perf_counter()
             if final or time.perf_counter() - saved > settings.save_every:
                 assert still_flat(model, weights, gradients), "a parameter is no longer a view of the flat buffer"
@@ -514,6 +541,11 @@ def run(given):
                             "seconds": seconds_before + time.perf_counter() - started, "train_seconds": train_seconds,
                             "model": model.state_dict(), "average": averaged.state_dict(), "mean": mean, "square": square})
                 saved = time.perf_counter()
+    if wandb:
+        artifact = wandb.Artifact(f"phase{settings.phase}", type="model")
+        artifact.add_file(str(path))
+        wandb.log_artifact(artifact)
+        wandb.finish()
     print(table(result, {"training": f"{train_seconds:.1f} s", "images/s": f"{step * settings.batch_size / train_seconds:,.0f}",
                          "checkpoint": path}))
 
