@@ -121,10 +121,10 @@ def figures(truth, best, classes):
 
     lines = ["", "Cells: what is there (rows) and what is read (columns)" if size <= 11 else "Cells"]
     columns = range(size) if size <= 11 else []                             # more do not fit
-    lines.append(" " * 6 + "".join(f"{names[j]:>6}" if j >= classes else f"{names[j]:>5}" for j in columns) + "   recall precision")
+    lines.append(" " * 5 + "".join(f"{names[j]:>6}" if j >= classes else f"{names[j]:>5}" for j in columns) + "   recall precision")  # 5 + 10 * 5 + 6 + 9 + 10 columns
     for i in range(size):
         cells = "".join(f"{count(confusion[i, j].item()):>{6 if j >= classes else 5}}" for j in columns)
-        lines.append(f"{names[i]:>6}{cells}{share(right[i].item(), there[i].item()):>9}{share(right[i].item(), read[i].item()):>9}")
+        lines.append(f"{names[i]:>5}{cells}{share(right[i].item(), there[i].item()):>9}{share(right[i].item(), read[i].item()):>10}")
     digit = truth < classes
     number, exact = digit.flatten(1).sum(1), (truth == best).flatten(1).all(1)
     lines += ["", f"{'digits on a canvas':>18}{'canvases':>10}{'all right':>11}{'digits right':>14}"]
@@ -458,8 +458,10 @@ def run(flags):
     if not flags.image:
         print(*figures(truth, best, classes), "", sep="\n")
     save_png(out / ("image.png" if flags.image else "sample.png"), sheet([tiles[i:i + 4] for i in range(0, len(tiles), 4)]))
-    if flags.attention:
+    if gazes:
         save_png(out / "attention.png", sheet(gazes))
+    elif flags.attention:
+        print("no attention.png: no digit was read")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ import copy
 import gzip
 import hashlib
 import http.server
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import sample
 import train
 from vit import ViT, ViTConfig
 
@@ -1101,20 +1104,268 @@ def test_the_whole_way(tmp_path, drawn):
     assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and "train one" in failed.stderr
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# sample.py
+
+
 def test_sample_draws_two_pixels_a_character():
-    import sample
     canvas = torch.tensor([[0, 255, 0, 255], [0, 0, 255, 255]], dtype=torch.uint8)
     assert sample.draw(canvas, colour=False) == ["┌────┐", "│ ▀▄█│", "└────┘"]
     assert "\033[38;2;255;255;255m\033[48;2;0;0;0m▀" in sample.draw(canvas, colour=True)[1]
 
 
 def test_sample_marks_what_is_wrong():
-    import sample
     truth = torch.full((8, 8), 10)
     truth[1, 2], truth[5, 5] = 3, 4
-    lines = sample.compare([(3, 1, 2, 0.99), (7, 6, 0, 0.5)], truth, 10)
-    assert lines == ["  row 1 column 2: 3, read as 3 (99.0%)", "  row 5 column 5: 4, read as nothing   <-- wrong",
-                     "  row 6 column 0: nothing, read as 7 (50.0%)   <-- wrong"]
+    reading = [(3, 1, 2, 0.99), (7, 6, 0, 0.5)]
+    findings = sample.compare(reading, truth, 10)
+    assert findings == [(1, 2, 3, 3, 0.99), (5, 5, 4, None, None), (6, 0, None, 7, 0.5)]
+    lines = ["  row 1 column 2: 3, read as 3 (99.0%)", "  row 5 column 5: 4, read as nothing   <-- wrong",
+             "  row 6 column 0: nothing, read as 7 (50.0%)   <-- wrong"]
+    assert sample.describe(findings, True, colour=False) == lines
+    assert sample.describe(findings, True, colour=True) == [lines[0], f"\033[1;31m{lines[1]}\033[0m", f"\033[1;31m{lines[2]}\033[0m"]
+    unknown = sample.compare(reading, None, 10)                            # one's own picture: nobody knows what is there
+    assert sample.describe(unknown, False, colour=True) == ["  row 1 column 2: 3 (99.0%)", "  row 6 column 0: 7 (50.0%)"]
+
+
+def test_figures():
+    truth = torch.tensor([[[0, 2]], [[2, 2]], [[1, 1]]])                    # 2 is "empty"
+    best = torch.tensor([[[0, 2]], [[2, 0]], [[1, 0]]])
+    assert sample.figures(truth, best, 2) == [
+        "", "Cells: what is there (rows) and what is read (columns)", "         0    1 empty   recall precision",
+        "    0    1    .     .  100.00%    33.33%", "    1    1    1     .   50.00%   100.00%", "empty    1    .     2   66.67%   100.00%",
+        "", "digits on a canvas  canvases  all right  digits right", "                 0         1      0.00%             -",
+        "                 1         1    100.00%       100.00%", "                 2         1      0.00%        50.00%"]
+    many = torch.arange(11).repeat(640_000 // 11 + 1)[:640_000].view(10_000, 8, 8)
+    assert max(map(len, sample.figures(many, many, 10))) <= 80
+    assert max(map(len, sample.figures(many, many, 26))) <= 80
+
+
+def pixels_of(path):
+    """A PNG as save_png writes it -> (height, width, 3), checksums checked."""
+    body, chunks = path.read_bytes(), {}
+    assert body[:8] == b"\x89PNG\r\n\x1a\n"
+    start = 8
+    while start < len(body):
+        length, kind = struct.unpack(">I4s", body[start:start + 8])
+        content, crc = body[start + 8:start + 8 + length], body[start + 8 + length:start + 12 + length]
+        assert struct.unpack(">I", crc)[0] == zlib.crc32(kind + content)
+        chunks[kind] = content
+        start += 12 + length
+    width, height = struct.unpack(">II", chunks[b"IHDR"][:8])
+    lines = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, 1 + 3 * width)
+    assert chunks[b"IHDR"][8:] == bytes([8, 2, 0, 0, 0]) and (lines[:, 0] == 0).all() and chunks[b"IEND"] == b""
+    return lines[:, 1:].reshape(height, width, 3)
+
+
+def test_png_round_trip(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (13, 7, 3), dtype=np.uint8)
+    sample.save_png(tmp_path / "x.png", picture)
+    assert np.array_equal(pixels_of(tmp_path / "x.png"), picture) and list(tmp_path.iterdir()) == [tmp_path / "x.png"]
+    image = pytest.importorskip("PIL.Image", reason="needs Pillow")
+    assert np.array_equal(np.asarray(image.open(tmp_path / "x.png")), picture)
+
+
+def test_tile_tells_right_from_wrong_without_colour():
+    blank = torch.zeros(64, 64, dtype=torch.uint8)
+    right, wrong, missed = (sample.tile(blank, [(2, 3, 4, digit, 0.9)], 8, "x").max(2) for digit in (4, 9, None))
+    edge = slice(3 * 32, 4 * 32)                                            # the upper edge of the cell's frame, at scale 4
+    assert (right[64, edge] > 0).all() and 12 <= (wrong[64, edge] > 0).sum() <= 20
+    assert len(wrong) > len(right)                                          # the mistake in words, below
+    assert not np.array_equal(wrong[:256], missed[:256])                    # what was read stands in the frame
+
+
+def test_gaze_of_one_block():
+    """Half of what a cell sees is itself, half is what its tokens attend to."""
+    torch.manual_seed(0)
+    model = ViT(ViTConfig(image_size=16, patch_size=4, cell=8, dim=32, depth=1)).eval()
+    canvas = torch.randint(256, (16, 24), dtype=torch.uint8)
+    attention = model.attention_maps(data.to_input(canvas[None]))[0, 0].mean(0).detach()    # (24, 24)
+    tokens = [2, 3, 8, 9]                                                   # of the cell in row 0, column 1 of 2 x 3
+    seen = (0.5 * attention[tokens].mean(0) + torch.isin(torch.arange(24), torch.tensor(tokens)) / 8).view(4, 6)
+    looked = sample.gaze(model, canvas)
+    assert looked.shape == (2, 3, 4, 6)
+    torch.testing.assert_close(looked[0, 1], seen / seen.max())
+
+
+def page_of(canvas, scale, generator):
+    """A canvas as a page: dark blue ink on yellowish paper with grain, light falling off to a corner. (H, W, 3), 0 to 1."""
+    ink = canvas.repeat_interleave(scale, 0).repeat_interleave(scale, 1)[:, :, None] / 255
+    paper = torch.tensor([0.92, 0.89, 0.8]) + 0.02 * torch.randn(*ink.shape[:2], 1, generator=generator)
+    light = 1 - 0.25 * torch.linspace(0, 1, ink.shape[0])[:, None, None] * torch.linspace(0, 1, ink.shape[1])[:, None]
+    return ((paper * (1 - ink) + torch.tensor([0.1, 0.12, 0.35]) * ink) * light).clamp(0, 1)
+
+
+def save_pgm(path, grey, most):
+    kind = ">u2" if most > 255 else "u1"
+    body = (grey * most).round().numpy().astype(kind)
+    path.write_bytes(b"P5 # a comment\n%d %d\n%d\n" % (*reversed(grey.shape), most) + body.tobytes())
+
+
+def save_page(path, form, page, canvas, scale):
+    """A page in one of the forms that pictures come in."""
+    grey, rgb = page.mean(2), (255 * page).round().byte().numpy()
+    ink = canvas.repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy()
+    drawing = np.stack((0 * ink, 0 * ink, 60 + 0 * ink, ink), axis=2)       # a pen on a transparent ground
+    if form == "npy rgb":
+        np.save(path, rgb)
+    elif form == "npy rgba":
+        np.save(path, drawing)
+    elif form == "npy float":
+        np.save(path, grey.double().numpy())
+    elif form == "npy canvas":
+        np.save(path, ink)
+    elif form == "pgm":
+        save_pgm(path, grey, 255)
+    elif form == "pgm 16 bits":
+        save_pgm(path, grey, 65535)
+    elif form == "pgm text":
+        path.write_text(f"P2\n{grey.shape[1]} {grey.shape[0]}\n100\n" + " ".join(str(round(100 * x)) for x in grey.flatten().tolist()))
+    else:
+        image = pytest.importorskip("PIL.Image", reason="needs Pillow")
+        {"png grey": lambda: image.fromarray(rgb).convert("L"), "png rgb": lambda: image.fromarray(rgb),
+         "png rgba": lambda: image.fromarray(drawing), "jpg": lambda: image.fromarray(rgb),
+         "png palette": lambda: image.fromarray(rgb).convert("P", palette=image.Palette.ADAPTIVE, colors=32)}[form]().save(path)
+
+
+FORMS = ["npy rgb", "npy rgba", "npy float", "npy canvas", "pgm", "pgm 16 bits", "pgm text", "png grey", "png rgb", "png rgba",
+         "png palette", "jpg"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_pages_become_the_canvases_they_show(tmp_path, drawn, form):
+    """Of a larger scale and another shape than a canvas, in each form: what comes out is the canvas again, almost."""
+    canvas = data.canvases(3, *drawn, 1, seeded(4), size=96, max_digits=5)[0][0, :88, :]
+    path = tmp_path / f"page.{form.split()[0]}"
+    save_page(path, form, page_of(canvas, 2, seeded()), canvas, 2)
+    again = sample.as_canvas(sample.load_picture(path), 3, 64, digit_height=40)
+    assert again.shape == (88, 96) and again.dtype == torch.uint8
+    assert (again.float() - canvas.float()).abs().mean() < 4 and (canvas > 0).sum() > 200
+    assert again[canvas == 255].float().mean() > 200
+
+
+def test_canvases_are_filled_up_to_whole_cells():
+    assert sample.as_canvas(torch.rand(33, 50), 3, 64, None).shape == (40, 56)
+    assert sample.as_canvas(torch.rand(30, 60), 2, 56, None).shape == (56, 56)
+    assert sample.as_canvas(torch.full((70, 60), 0.9), 3, 64, None).max() == 0     # blank paper is no ink
+
+
+@pytest.mark.parametrize("height,width,left", [(400, 300, 180), (60, 90, 20), (31, 40, 9)])
+def test_a_single_digit_is_normalised_as_mnist_is(height, width, left):
+    """Ink 20 px high, its mass in the middle, wherever and however large it was: NIST's box, MNIST's centre."""
+    page = torch.full((height, width), 0.9)
+    page[height // 4:-height // 4, left:left + width // 9] = 0.1
+    frame = sample.as_canvas(page, 1, 28, None).float() / 255
+    rows, columns = (frame > 0.4).any(1).nonzero(), (frame > 0.4).any(0).nonzero()
+    assert frame.shape == (28, 28) and 19 <= rows[-1] - rows[0] + 1 <= 21 and frame.max() == 1
+    middle = [((torch.arange(28) + 0.5) * frame.sum(axis)).sum() / frame.sum() for axis in (0, 1)]
+    assert all(abs(m - 14) <= 0.75 for m in middle) and 2 <= columns[-1] - columns[0] + 1 <= 12
+
+
+def npy_header(shape):
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode()
+
+
+def saved(array):
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=True)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name,body,words", [
+    ("a.npy", b"", "cannot be read"), ("a.npy", b"nonsense", "cannot be read"), ("a.npy", npy_header((90_000, 90_000)), "cannot be read"),
+    ("a.npy", saved(np.zeros((0, 5))), "1 to 64,000,000"), ("a.npy", saved(np.array([[{}]])), "cannot be read"),
+    ("a.npy", saved(np.zeros((4, 4, 5))), "3 or 4 channels"), ("a.npy", saved(np.full((4, 4), np.nan)), "not finite"),
+    ("a.npy", saved(np.array([["x"]])), "expected numbers"), ("a.npy", saved(np.zeros(3)), "expected numbers"),
+    ("a.pgm", b"", "does not begin like a PGM file"), ("a.pgm", b"P5 4 4 255\n123", "cannot be read"),
+    ("a.pgm", b"P5 99999 99999 255\n", "99,999 x 99,999 px"), ("a.pgm", b"P2 2 2 255\n1 2 x 4", "cannot be read"),
+    ("a.pgm", b"P5 3000 3000 255\n" + bytes(9_000_000), "--digit_height"), ("a.png", b"nonsense", "cannot be read"),
+    ("missing.npy", None, "No such file")])
+def test_pictures_refused(tmp_path, few_digits, capsys, name, body, words):
+    path = tmp_path / name
+    if body is not None:
+        path.write_bytes(body)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=words):
+        sample.as_canvas(sample.load_picture(path), 3, 64, None)
+    assert tracemalloc.get_traced_memory()[1] < 400_000_000
+    tracemalloc.stop()
+
+
+def test_enormous_pictures_are_refused_by_their_header(tmp_path):
+    image = pytest.importorskip("PIL.Image", reason="needs Pillow")
+    image.new("1", (20_000, 20_000)).save(tmp_path / "x.png")
+    with pytest.raises(ValueError, match="20,000 x 20,000 px, allowed are 1 to 64,000,000"):
+        sample.load_picture(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("package,flags,file", [("matplotlib", ["--curves"], None), ("PIL", [], "x.png"), ("wandb", None, None)])
+def test_optional_packages_are_missed_in_one_line(few_digits, tmp_path, capsys, monkeypatch, package, flags, file):
+    monkeypatch.setitem(sys.modules, package, None)                         # as if it were not installed
+    if package == "wandb":
+        main, flags = train.main, [*few_digits, "--phase=1", "--max_steps=4", "--wandb"]
+    else:
+        train.main([*few_digits, "--phase=1", "--max_steps=4"])
+        main, flags = sample.main, [*flags, f"--out_dir={tmp_path / 'out'}"] + ([f"--image={tmp_path / file}"] if file else [])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(flags)
+    error = capsys.readouterr().err
+    assert stopped.value.code in (1, 2) and error.count("\n") == 1 and f"pip install {package.replace('PIL', 'pillow')}" in error
+    assert package != "wandb" or not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("phase", data.PHASES)
+def test_sample_shows_mistakes_and_attention(few_digits, tmp_path, phase, capsys):
+    train.main([*few_digits, f"--phase={phase}", "--max_steps=8"])
+    out = tmp_path / "out"
+    flags = [few_digits[0], f"--out_dir={out}", "--count=3"]
+    capsys.readouterr()
+    sample.main([*flags, "--mistakes", "--attention"])
+    printed = capsys.readouterr().out
+    blocks = printed.split("\ntest canvas ")[1:]
+    assert len(blocks) == 3 and all("<-- wrong" in block for block in blocks) and "recall" in printed and "\033" not in printed
+    assert max(map(len, printed.split("Cells")[1].splitlines()[1:-3])) <= 80
+    assert pixels_of(out / "sample.png").shape[1] > 700
+    sample.main(flags)
+    assert "\ntest canvas 0\n" in capsys.readouterr().out
+    np.save(tmp_path / "own.npy", data.drawn_digits(1, 0)[0][0].numpy())
+    sample.main([*flags, f"--image={tmp_path / 'own.npy'}", "--attention"])
+    printed = capsys.readouterr().out
+    assert "own.npy" in printed and "recall" not in printed and "wrong" not in printed and (out / "image.png").exists()
+    for wrong, words in ((["--start=10000"], "--start=10000, but there are"), (["--count=0"], "--count must be above 0"), (["--out_dir", "a", "b"], "--curves"),
+                         (["--digit_height=0"], "--digit_height must be")):
+        with pytest.raises(SystemExit):
+            sample.main([*flags, *wrong])
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+
+
+def test_curves(few_digits, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    train.main([*few_digits, "--phase=3", "--max_steps=12", "--eval_every=4"])
+    out = tmp_path / "out"
+    shutil.copytree(out, tmp_path / "other")
+    sample.main(["--curves", "--out_dir", str(out), str(tmp_path / "other")])
+    assert (out / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and not (tmp_path / "other/curves.png").exists()
+    (out / "metrics.jsonl").write_text('{"event": "train"}\n')
+    with pytest.raises(SystemExit):
+        sample.main(["--curves", f"--out_dir={out}"])
+    assert "is not a metrics file of train.py" in capsys.readouterr().err
+
+
+def test_wandb_offline(few_digits, tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="needs wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train.main([*few_digits, "--phase=3", "--max_steps=8", "--eval_every=4", "--wandb"])
+    (record,) = (tmp_path / "out" / "wandb").glob("offline-run-*/run-*.wandb")
+    logged = record.read_bytes()
+    for word in (b"train/loss", b"train/lr", b"train/grad_norm", b"train/digit_accuracy", b"eval/exact_match", b"histogram",
+                 b"weight_decay", b"phase3", b"ckpt.pt"):
+        assert word in logged, word
+    assert len(list((tmp_path / "out" / "wandb").glob("offline-run-*/files/media/images/*.png"))) == 16   # 8 at each evaluation
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1127,6 +1378,33 @@ def test_sample_marks_what_is_wrong():
 def test_learns_real_digits(tmp_path, phase, flags, least):
     train.main([f"--data_dir={os.environ['MNIST_DIR']}", "--data=mnist", f"--phase={phase}", f"--out_dir={tmp_path}", "--eval_every=0", *flags])
     assert metrics(tmp_path)[-1]["digit_accuracy"] > least
+
+
+@needs_mnist
+@pytest.mark.parametrize("form", FORMS)
+def test_real_digits_on_pages_are_read(trained, tmp_path, form):
+    """Real handwriting on paper, three times as large, off the middle: read as on its canvas."""
+    model, images, labels = trained
+    right = 0
+    for i in range(20):
+        page = torch.zeros(40, 52, dtype=torch.uint8)
+        page[6:34, 15:43] = images[i]
+        path = tmp_path / f"page.{form.split()[0]}"
+        save_page(path, form, page_of(page, 3, seeded(i)), page, 3)
+        canvas = sample.as_canvas(sample.load_picture(path), 1, 28, None)
+        right += (model(data.to_input(canvas[None])).argmax(-1).item() == labels[i]).item()
+    assert right >= 19
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A model of phase 1 after some seconds, and test digits that it reads right."""
+    out = tmp_path_factory.mktemp("trained")
+    train.main([f"--data_dir={os.environ['MNIST_DIR']}", "--data=mnist", "--phase=1", f"--out_dir={out}", "--eval_every=0", "--max_steps=250"])
+    model = ViT.load(out / "ckpt.pt").requires_grad_(False)
+    images, labels = data.load_mnist(os.environ["MNIST_DIR"], "test")
+    right = model(data.to_input(images[:200])).argmax(-1).flatten() == labels[:200]
+    return model, images[:200][right], labels[:200][right]
 
 
 @needs_mnist
