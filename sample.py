@@ -24,6 +24,7 @@ from vit import ViT
 
 MOST_PIXELS = 64_000_000    # of a picture that is read
 LONGEST_SIDE = 1024         # px, of a canvas that is read: attention's cost grows with the fourth power of it
+MOST_GAZED = 4096           # patches of a canvas whose attention is shown: its maps take 1 GB
 TILE = 256                  # px, about the side of a canvas in a picture
 GREEN, RED, WHITE = (90, 220, 110), (255, 95, 85), (255, 255, 255)
 
@@ -121,10 +122,12 @@ def figures(truth, best, classes):
 
     lines = ["", "Cells: what is there (rows) and what is read (columns)" if size <= 11 else "Cells"]
     columns = range(size) if size <= 11 else []                             # more do not fit
-    lines.append(" " * 5 + "".join(f"{names[j]:>6}" if j >= classes else f"{names[j]:>5}" for j in columns) + "   recall precision")  # 5 + 10 * 5 + 6 + 9 + 10 columns
+    wide = [6 if j >= classes else 5 for j in columns]                      # 80 columns with the other three
+    lines.append(" " * 5 + "".join(f"{names[j]:>{wide[j]}}" for j in columns) + "   recall precision")
     for i in range(size):
-        cells = "".join(f"{count(confusion[i, j].item()):>{6 if j >= classes else 5}}" for j in columns)
-        lines.append(f"{names[i]:>5}{cells}{share(right[i].item(), there[i].item()):>9}{share(right[i].item(), read[i].item()):>10}")
+        cells = "".join(f"{count(confusion[i, j].item()):>{wide[j]}}" for j in columns)
+        recall, precision = share(right[i].item(), there[i].item()), share(right[i].item(), read[i].item())
+        lines.append(f"{names[i]:>5}{cells}{recall:>9}{precision:>10}")
     digit = truth < classes
     number, exact = digit.flatten(1).sum(1), (truth == best).flatten(1).all(1)
     lines += ["", f"{'digits on a canvas':>18}{'canvases':>10}{'all right':>11}{'digits right':>14}"]
@@ -156,8 +159,8 @@ def write(picture, top, left, words, colour, scale=2):
 def outline(picture, top, left, side, colour, dashed):
     """A square frame 2 px wide, dashed where something is wrong with what is in it."""
     line = (np.arange(side) // 4 % 2 == 0) if dashed else np.ones(side, dtype=bool)
-    for edge in (picture[top:top + 2, left:left + side].swapaxes(0, 1), picture[top + side - 2:top + side, left:left + side].swapaxes(0, 1),
-                 picture[top:top + side, left:left + 2], picture[top:top + side, left + side - 2:left + side]):
+    square = picture[top:top + side, left:left + side]
+    for edge in (square[:, :2], square[:, -2:], square.swapaxes(0, 1)[:, :2], square.swapaxes(0, 1)[:, -2:]):
         edge[line] = colour
 
 
@@ -179,7 +182,8 @@ def tile(canvas, findings, cell, caption, heat=None):
             was, reading = ("empty" if label is None else label for label in (there, digit))
             mistakes.append(f"row {row} column {column}: {was} read as {reading}")
     lines = [caption] + mistakes
-    whole = np.full((picture.shape[0] + 14 * len(lines) + 10, max(picture.shape[1], 10 + 8 * max(map(len, lines))), 3), 24, np.uint8)
+    height, width = picture.shape[0] + 14 * len(lines) + 10, max(picture.shape[1], 10 + 8 * max(map(len, lines)))
+    whole = np.full((height, width, 3), 24, dtype=np.uint8)
     whole[:picture.shape[0], :picture.shape[1]] = picture
     for i, line in enumerate(lines):
         write(whole, picture.shape[0] + 5 + 14 * i, 0, line, RED if i else WHITE)
@@ -188,7 +192,9 @@ def tile(canvas, findings, cell, caption, heat=None):
 
 def verdict(findings, known):
     mistakes = sum(there != digit for _, _, there, digit, _ in findings)
-    return f"{len(findings)} read" if not known else f"{mistakes} wrong" if mistakes else "all right" if findings else "nothing there"
+    if not known:
+        return f"{len(findings)} read"
+    return f"{mistakes} wrong" if mistakes else "all right" if findings else "nothing there"
 
 
 def sheet(rows):
@@ -220,6 +226,8 @@ def gaze(model, canvas):
     """Where each cell looked, from 0 to 1: (gh, gw, rows, columns of patches). Attention rollout (Abnar 2020,
     arXiv:2005.00928): the maps of all blocks multiplied, half of every one passed by on the residual stream."""
     patch, cell = model.config.patch_size, model.config.cell
+    if canvas.numel() > MOST_GAZED * patch**2:
+        raise ValueError(f"--attention is for canvases of up to {MOST_GAZED:,} patches, this is one of {tuple(canvas.shape)} px")
     maps = model.attention_maps(data.to_input(canvas[None]))[:, 0].mean(1)  # (depth, N, N), the mean over heads
     flow = torch.eye(maps.shape[-1])
     for block in maps:
@@ -281,9 +289,9 @@ def grey(pixels, dtype):
     transparent on white."""
     if not pixels.isfinite().all():
         raise ValueError("some of its values are not finite")
-    if dtype.kind in "ui":
+    if dtype in (np.uint8, np.uint16):
         pixels = pixels / np.iinfo(dtype).max
-    elif pixels.max() > 1 or pixels.min() < 0:                              # floats of some other range
+    elif pixels.max() > 1 or pixels.min() < 0:                              # other numbers: the darkest 0, the lightest 1
         pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp(min=1e-9)
     if pixels.ndim == 2:
         return pixels
@@ -431,6 +439,7 @@ def run(flags):
             shown.append((Path(name).name, canvas, None, logits_of(model, canvas[None])[0]))
     else:
         canvases, truth = data.test_canvases(phase, *data.load_digits(kind, flags.data_dir, "test")[:2], **options)
+        print(f"reading {len(canvases):,} test canvases", flush=True)
         logits = logits_of(model, canvases)
         best = logits.argmax(-1)
         order = torch.arange(len(canvases))
@@ -453,8 +462,9 @@ def run(flags):
             print(f"\n{name}", *draw(canvas, colour), *describe(findings, known, colour), sep="\n")
             if flags.attention and any(digit is not None for _, _, _, digit, _ in findings):
                 looked = gaze(model, canvas)
-                gazes.append([tiles[-1]] + [tile(canvas, [one], model.config.cell, f"where {one[3]} looked", looked[one[0], one[1]])
-                                            for one in findings if one[3] is not None])
+                gazes.append([tiles[-1]] + [
+                    tile(canvas, [one], model.config.cell, f"where {one[3]} looked", looked[one[0], one[1]])
+                    for one in findings if one[3] is not None])
     if not flags.image:
         print(*figures(truth, best, classes), "", sep="\n")
     save_png(out / ("image.png" if flags.image else "sample.png"), sheet([tiles[i:i + 4] for i in range(0, len(tiles), 4)]))

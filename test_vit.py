@@ -1214,7 +1214,7 @@ def save_page(path, form, page, canvas, scale):
     elif form == "npy float":
         np.save(path, grey.double().numpy())
     elif form == "npy canvas":
-        np.save(path, ink)
+        np.save(path, ink.astype(np.int64))
     elif form == "pgm":
         save_pgm(path, grey, 255)
     elif form == "pgm 16 bits":
@@ -1248,6 +1248,8 @@ def test_canvases_are_filled_up_to_whole_cells():
     assert sample.as_canvas(torch.rand(33, 50), 3, 64, None).shape == (40, 56)
     assert sample.as_canvas(torch.rand(30, 60), 2, 56, None).shape == (56, 56)
     assert sample.as_canvas(torch.full((70, 60), 0.9), 3, 64, None).max() == 0     # blank paper is no ink
+    with pytest.raises(ValueError, match="up to 4,096 patches"):
+        sample.gaze(ViT(ViTConfig(image_size=64, patch_size=8, cell=8)), torch.zeros(520, 520, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("height,width,left", [(400, 300, 180), (60, 90, 20), (31, 40, 9)])
