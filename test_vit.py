@@ -7,7 +7,9 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -974,6 +976,102 @@ def test_resume_is_the_run_that_was_never_stopped(few_digits, tmp_path, phase, m
     timed = ("seconds", "train_seconds", "images_per_second")
     assert [{k: v for k, v in line.items() if k not in timed} for line in lines] == \
            [{k: v for k, v in line.items() if k not in timed} for line in whole_lines]
+
+
+def comparable(out):
+    """What a run leaves, times aside."""
+    checkpoint = torch.load(out / "ckpt.pt", weights_only=True)
+    tensors = {f"{part} {name}": tensor for part in ("model", "average") for name, tensor in checkpoint[part].items()}
+    tensors |= {name: torch.as_tensor(checkpoint[name]) for name in ("mean", "square", "step")}
+    timed = ("seconds", "train_seconds", "images_per_second")
+    return tensors, [{k: v for k, v in line.items() if k not in timed} for line in metrics(out)]
+
+
+def assert_same_run(one, other):
+    (tensors, lines), (other_tensors, other_lines) = comparable(one), comparable(other)
+    assert lines == other_lines and tensors.keys() == other_tensors.keys()
+    assert all(torch.equal(tensor, other_tensors[name]) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("phase,stops,number", [(1, [3], signal.SIGINT), (2, [1, 5], signal.SIGTERM), (3, [8, 9, 11], signal.SIGTERM)])
+def test_a_stopped_run_saves_and_resumes_exactly(few_digits, tmp_path, phase, stops, number, monkeypatch, capsys):
+    """Stopped by a signal at any step, between two lines of metrics too."""
+    flags = [*few_digits, f"--phase={phase}", "--max_steps=12", "--eval_every=6", "--dropout=0.1"]
+    train.main(flags)
+    (tmp_path / "out").rename(tmp_path / "undisturbed")
+    rate = train.learning_rate
+    for stop in stops:
+        def stop_here(step, settings):
+            if step == stop - 1:
+                os.kill(os.getpid(), number)
+            return rate(step, settings)
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "learning_rate", stop_here)
+            with pytest.raises(SystemExit) as stopped:
+                train.main([*flags, "--resume"])
+        assert stopped.value.code == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+        assert f"stopped at step {stop} of 12 and saved: the same command with --resume goes on" in capsys.readouterr().err
+        assert torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["step"] == stop
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL               # as it was before
+    train.main([*flags, "--resume"])
+    assert_same_run(tmp_path / "out", tmp_path / "undisturbed")
+
+
+def test_a_killed_run_resumes_exactly(few_digits, tmp_path):
+    """Killed three times at random moments, saving among them: the checkpoint always loads, the end is the same."""
+    flags = [*few_digits, "--phase=1", "--max_steps=600", "--eval_every=0", "--log_every=2", "--resume"]
+    train.main(flags)
+    (tmp_path / "out").rename(tmp_path / "undisturbed")
+    moment = np.random.default_rng(0)
+    for kill in range(3):
+        process = subprocess.Popen([sys.executable, HERE / "train.py", *flags], stdout=subprocess.DEVNULL,
+                                   env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+        lines = len(metrics(tmp_path / "out")) if kill else 0
+        path = tmp_path / "out" / "metrics.jsonl"
+        while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < lines + 10):
+            time.sleep(0.01)
+        time.sleep(moment.uniform(0, 0.3))
+        assert process.poll() is None                                       # it was still at it
+        process.kill()
+        process.wait()
+        ViT.load(tmp_path / "out" / "ckpt.pt")
+    train.main(flags)
+    assert_same_run(tmp_path / "out", tmp_path / "undisturbed")
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, capsys):
+    path = tmp_path / "ckpt.pt"
+    train.save(path, {"weights": torch.ones(10)})
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="ckpt.pt cannot be saved: File too large; an earlier one is kept"):
+            train.save(path, {"weights": torch.ones(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: c["mean"].resize_(3), lambda c: c.pop("square"), lambda c: c["model"].pop("head.bias"),
+    lambda c: c["average"].update(extra=torch.zeros(2)), lambda c: c["model"].update({"head.bias": torch.zeros(3)}),
+    lambda c: c.update(model=[1, 2]), lambda c: c.update(mean="none"), lambda c: c.pop("since")])
+def test_resume_refuses_what_does_not_fit(few_digits, tmp_path, change, capsys):
+    train.main([*few_digits, "--phase=1", "--max_steps=4"])
+    path = tmp_path / "out" / "ckpt.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, path)
+    damaged = path.read_bytes()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*few_digits, "--phase=1", "--max_steps=8", "--resume"])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and "ckpt.pt cannot be resumed: " in error
+    assert path.read_bytes() == damaged
 
 
 def test_a_fresh_run_keeps_the_old_one_beside(few_digits, tmp_path, capsys):

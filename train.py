@@ -10,15 +10,18 @@ is a function of (seed, step, purpose) alone, so that logging and evaluating cha
 run that was never stopped.
 """
 import argparse
+import contextlib
 import copy
 import difflib
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
@@ -265,13 +268,36 @@ def evaluate(model, canvases, labels, classes, batch_size, device, dtype):
 
 
 def save(path, checkpoint):
-    """Write a checkpoint beside, then rename it: under its own name there is always a whole one."""
-    beside = path.with_suffix(".pt.part")
-    with open(beside, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    """Write a checkpoint beside, then rename it: under its own name there is always a whole one, even where the power
+    fails or the disk is full (OSError)."""
+    beside, content = path.with_suffix(".pt.part"), io.BytesIO()
+    torch.save(checkpoint, content)  # into memory first: on a full disk it would fail in ways of its own
+    try:
+        with open(beside, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be saved: {error.strerror}; an earlier one is kept, if there was one") from None
+
+
+@contextlib.contextmanager
+def signals_noted():
+    """A list of the signals that ask the program to stop: SIGINT (Ctrl-C) and SIGTERM. A second one ends it at once."""
+    noted = []
+
+    def note(number, _):
+        noted.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def load_checkpoint(path, phase):
@@ -284,7 +310,7 @@ def load_checkpoint(path, phase):
             version, of_phase, names = checkpoint["version"], checkpoint["phase"], set(checkpoint["settings"])
         except Exception as error:  # torch.load has many kinds of them for a file that it cannot make sense of
             raise ValueError(f"{path} is not a checkpoint of train.py: {' '.join(str(error).split())[:200]}") from None
-    if version != 1 or names != {field.name for field in fields(Settings)}:
+    if version != 2 or names != {field.name for field in fields(Settings)}:
         raise ValueError(f"{path} was written by another version of train.py")
     if of_phase != phase:
         raise ValueError(f"{path} is of phase {of_phase}, not {phase}")
@@ -354,6 +380,14 @@ def start_wandb(settings, config):
     return wandb
 
 
+def log_evaluation(wandb, result, canvases, readings, weights, gradients):
+    captions = [", ".join(f"{digit} ({percent(share)})" for digit, _, _, share in reading) or "nothing" for reading in readings]
+    wandb.log({**{f"eval/{name}": value for name, value in result.items() if isinstance(value, float)},
+               "samples": [wandb.Image(canvas, caption=caption) for canvas, caption in zip(canvases.numpy(), captions)],
+               "weights": wandb.Histogram(weights.tolist()), "gradients": wandb.Histogram(gradients.tolist())},
+              step=result["step"])
+
+
 def prepare(settings):
     """The digits to train on, the canvases to evaluate on, the options that both were asked for, the kind of the digits."""
     images, labels, kind = data.load_digits(settings.data, settings.data_dir, "train")
@@ -384,7 +418,7 @@ def main(arguments=None):
         fail(error, 1)
     except KeyboardInterrupt:
         print()
-        fail("stopped; --resume goes on from the last checkpoint, if one was saved by now", 130)
+        fail("stopped before training began", 130)
 
 
 def run(given):
@@ -434,14 +468,20 @@ def run(given):
     weights, gradients, matrices = flatten(model)
     average, _, _ = flatten(averaged)
     mean, square = torch.zeros_like(weights), torch.zeros_like(weights)
+    sums, since = torch.zeros(3, device=device), 0  # of loss, digits and digits read right, since the last log line
     step, seconds_before, train_seconds = 0, 0.0, 0.0
     log_path = path.with_name("metrics.jsonl")
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        averaged.load_state_dict(checkpoint["average"])
-        mean.copy_(checkpoint["mean"])
-        square.copy_(checkpoint["square"])
-        step, seconds_before, train_seconds = (checkpoint[key] for key in ("step", "seconds", "train_seconds"))
+        try:
+            model.load_state_dict(checkpoint["model"])
+            averaged.load_state_dict(checkpoint["average"])
+            for tensor, name in ((mean, "mean"), (square, "square"), (sums, "sums")):
+                if checkpoint[name].shape != tensor.shape:
+                    raise ValueError(f"{name} has {checkpoint[name].numel()} values, not {tensor.numel()}")
+                tensor.copy_(checkpoint[name])
+            since, step, seconds_before, train_seconds = (checkpoint[key] for key in ("since", "step", "seconds", "train_seconds"))
+        except (RuntimeError, KeyError, AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} cannot be resumed: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
         cut_back(log_path, step)
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -464,9 +504,9 @@ def run(given):
     if settings.compile:  # now, so that the clock of the training does not count it
         blank = torch.zeros(settings.batch_size, options["size"], options["size"], dtype=torch.uint8, device=device)
         predict(forward, blank, device, dtype).sum().backward()
-    sums, since = torch.zeros(3, device=device), step  # of loss, digits and digits read right, since the last log line
-    mark = shown = saved = time.perf_counter()
-    with open(log_path, "a") as log:
+    first, mark = step, time.perf_counter()
+    shown = saved = mark
+    with open(log_path, "a") as log, signals_noted() as noted:
         while step < settings.max_steps:
             # Draw, forward, backward
             generator = random_stream(device, settings.seed, step, "canvases")
@@ -495,28 +535,30 @@ def run(given):
             digit = cells < options["classes"]
             right = digit & (logits.argmax(-1) == cells)
             sums += torch.stack((loss.detach(), digit.sum(), right.sum()))
-            final = step == settings.max_steps
+            final, stopping = step == settings.max_steps, bool(noted)
             evaluate_now = final or settings.eval_every and step % settings.eval_every == 0
-            if not (evaluate_now or step % settings.log_every == 0):
+            log_now = evaluate_now or step % settings.log_every == 0
+            if not (log_now or stopping):
                 continue
             loss_sum, digits_seen, digits_right = sums.tolist()
-            sums.zero_()
+            if not math.isfinite(loss_sum + norm.item()):
+                raise FloatingPointError(f"the loss or its gradient is not finite by step {step}, at learning rate {lr:.2g}: try a "
+                                         f"lower --lr; {path} is from an earlier step, if it is there")
             now = time.perf_counter()
             train_seconds, spent, mark = train_seconds + now - mark, now - mark, now
-            line = {"event": "train", "step": step, "seconds": seconds_before + now - started,
-                    "loss": loss_sum / (step - since), "lr": lr, "grad_norm": norm.item(),
-                    "images_per_second": (step - since) * settings.batch_size / spent}
-            since = step
-            if not math.isfinite(line["loss"] + line["grad_norm"]):
-                raise FloatingPointError(f"loss {line['loss']} and gradient norm {line['grad_norm']} by step {step}, at learning "
-                                         f"rate {lr:.2g}: try a lower --lr; {path} is from an earlier step, if it is there")
-            print(json.dumps(line), file=log, flush=True)
-            if wandb:
-                wandb.log({**{f"train/{name}": value for name, value in line.items() if name != "event"},
-                           "train/digit_accuracy": digits_right / max(digits_seen, 1)}, step=step)
-            shown = show(f"step {step:,}/{settings.max_steps:,}  loss {line['loss']:.4f}  "
-                         f"{kind} digits {percent(digits_right / max(digits_seen, 1))}  {line['images_per_second']:,.0f} images/s  "
-                         f"ETA {clock(train_seconds / step * (settings.max_steps - step))}", shown)
+            if log_now:
+                line = {"event": "train", "step": step, "seconds": seconds_before + now - started,
+                        "loss": loss_sum / (step - since), "lr": lr, "grad_norm": norm.item(),
+                        "images_per_second": (step - max(since, first)) * settings.batch_size / spent}
+                since = step
+                sums.zero_()
+                print(json.dumps(line), file=log, flush=True)
+                if wandb:
+                    wandb.log({**{f"train/{name}": value for name, value in line.items() if name != "event"},
+                               "train/digit_accuracy": digits_right / max(digits_seen, 1)}, step=step)
+                shown = show(f"step {step:,}/{settings.max_steps:,}  loss {line['loss']:.4f}  "
+                             f"{kind} digits {percent(digits_right / max(digits_seen, 1))}  {line['images_per_second']:,.0f} images/s  "
+                             f"ETA {clock(train_seconds / step * (settings.max_steps - step))}", shown)
             if evaluate_now:
                 result = evaluation(averaged, step=step, seconds=seconds_before + time.perf_counter() - started,
                                     train_seconds=train_seconds, final=final)
@@ -526,21 +568,22 @@ def run(given):
                      f"exact canvases {percent(result['exact_match'])}", shown, keep=True)
                 if wandb:
                     some = test_set[0][:8]
-                    readings = data.read(predict(averaged, some.to(device), device, dtype).detach().cpu(),
+                    readings = data.read(predict(averaged, some.to(device), device, dtype).detach(),
                                          options["classes"] if data.has_empty_cells(settings.phase) else None)
-                    pictures = [wandb.Image(picture, caption=", ".join(f"{digit} ({100 * share:.0f}%)" for digit, _, _, share in reading))
-                                for picture, reading in zip(some.numpy(), readings)]
-                    wandb.log({**{f"eval/{name}": value for name, value in result.items() if isinstance(value, float)},
-                               "samples": pictures, "weights": wandb.Histogram(weights.tolist()),
-                               "gradients": wandb.Histogram(gradients.tolist())}, step=step)
+                    log_evaluation(wandb, result, some, readings, weights, gradients)
                 mark = time.perf_counter()
-            if final or time.perf_counter() - saved > settings.save_every:
+            if final or stopping or time.perf_counter() - saved > settings.save_every:
                 assert still_flat(model, weights, gradients), "a parameter is no longer a view of the flat buffer"
-                save(path, {"version": 1, "phase": settings.phase, "canvas": canvas_asked, "data": kind,
+                save(path, {"version": 2, "phase": settings.phase, "canvas": canvas_asked, "data": kind,
                             "config": asdict(config), "settings": asdict(settings), "step": step,
                             "seconds": seconds_before + time.perf_counter() - started, "train_seconds": train_seconds,
-                            "model": model.state_dict(), "average": averaged.state_dict(), "mean": mean, "square": square})
+                            "model": model.state_dict(), "average": averaged.state_dict(), "mean": mean, "square": square,
+                            "sums": sums, "since": since})
                 saved = time.perf_counter()
+            if stopping and not final:
+                print()
+                fail(f"stopped at step {step:,} of {settings.max_steps:,} and saved: the same command with --resume goes on",
+                     128 + noted[0])
     if wandb:
         artifact = wandb.Artifact(f"phase{settings.phase}", type="model")
         artifact.add_file(str(path))
