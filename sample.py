@@ -286,20 +286,26 @@ def load_picture(path):
 
 def grey(pixels, dtype):
     """float (H, W) or (H, W, channels) of a NumPy dtype -> (H, W) from 0 to 1: colour by its luma (ITU-R BT.601), what is
-    transparent on white."""
+    transparent on white, or on black where what is drawn is light."""
     if not pixels.isfinite().all():
         raise ValueError("some of its values are not finite")
-    if dtype in (np.uint8, np.uint16):
-        pixels = pixels / np.iinfo(dtype).max
+    if dtype in (np.uint8, np.uint16):                                      # 1, 8, 12 or 16 bits in use
+        most = int(pixels.max())
+        pixels = pixels / (255 if dtype == np.uint8 and most > 1 else max(2 ** most.bit_length() - 1, 1))
     elif pixels.max() > 1 or pixels.min() < 0:                              # other numbers: the darkest 0, the lightest 1
         pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp(min=1e-9)
     if pixels.ndim == 2:
         return pixels
     if pixels.shape[2] not in (1, 3, 4):
-        raise ValueError(f"expected 1, 3 or 4 channels, not {pixels.shape[2]}")
-    if pixels.shape[2] == 4:
-        pixels = pixels[:, :, :3] * pixels[:, :, 3:] + 1 - pixels[:, :, 3:]
-    return pixels @ torch.tensor([0.299, 0.587, 0.114]) if pixels.shape[2] == 3 else pixels[:, :, 0]
+        raise ValueError(f"expected (H, W, 1, 3 or 4 channels), not {tuple(pixels.shape)}")
+    if pixels.shape[2] == 1:
+        return pixels[:, :, 0]
+    luma = pixels[:, :, :3] @ torch.tensor([0.299, 0.587, 0.114])
+    if pixels.shape[2] == 3:
+        return luma
+    alpha = pixels[:, :, 3]
+    ground = 0.0 if alpha.min() < 1 and (luma * alpha).sum() > 0.5 * alpha.sum() else 1.0
+    return luma * alpha + ground * (1 - alpha)
 
 
 def resize(picture, height, width):
@@ -323,21 +329,36 @@ def ink_of(picture):
     return ((difference / full - low) / (1 - low)).clamp(0, 1)
 
 
+def without_specks(ink):
+    """Ink, float (H, W), without pieces of less than a tenth of the largest one."""
+    there = ink > 0.05
+    label = torch.arange(1.0, ink.numel() + 1).view_as(ink) * there
+    while True:                                                             # the largest number in a piece spreads over it
+        spread = F.max_pool2d(label[None, None], 3, stride=1, padding=1)[0, 0] * there
+        if torch.equal(spread, label):
+            break
+        label = spread
+    mass = torch.bincount(label.long().flatten(), ink.flatten())
+    mass[0] = 0
+    return ink * (mass >= mass.max() / 10)[label.long()] * there
+
+
 def as_mnist(picture):
     """One digit, float (H, W) -> uint8 (28, 28) as MNIST has them: ink fitted to 20 x 20 px, its mass in the middle."""
     scale = min(1, 200 / max(picture.shape))
-    ink = ink_of(resize(picture, *(max(1, round(side * scale)) for side in picture.shape)))
+    ink = without_specks(ink_of(resize(picture, *(max(1, round(side * scale)) for side in picture.shape))))
     rows, columns = (ink > 0.3).any(1).nonzero(), (ink > 0.3).any(0).nonzero()
+    if not len(rows):
+        raise ValueError("no ink was found where a digit should be")
+    ink = ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+    height, width = (max(1, round(20 * side / max(ink.shape))) for side in ink.shape)
+    ink = resize(ink, height, width)
+    ink /= ink.max()
+    top, left = (round(data.FRAME / 2 - ((torch.arange(len(mass)) + 0.5) * mass).sum().item() / mass.sum().item())
+                 for mass in (ink.sum(1), ink.sum(0)))
+    top, left = max(0, min(top, data.FRAME - height)), max(0, min(left, data.FRAME - width))
     frame = torch.zeros(data.FRAME, data.FRAME)
-    if len(rows):
-        ink = ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
-        height, width = (max(1, round(20 * side / max(ink.shape))) for side in ink.shape)
-        ink = resize(ink, height, width)
-        ink /= ink.max()
-        top, left = (round(data.FRAME / 2 - ((torch.arange(len(mass)) + 0.5) * mass).sum().item() / mass.sum().item())
-                     for mass in (ink.sum(1), ink.sum(0)))
-        top, left = max(0, min(top, data.FRAME - height)), max(0, min(left, data.FRAME - width))
-        frame[top:top + height, left:left + width] = ink
+    frame[top:top + height, left:left + width] = ink
     return (255 * frame).round().byte()
 
 
@@ -377,6 +398,8 @@ def curves(folders):
         try:
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             training, evaluations = ([line for line in lines if line["event"] == event] for event in ("train", "eval"))
+            if not training:
+                raise ValueError("nothing was logged yet")
             for axis, column in (("step", 0), ("seconds", 1)):
                 for row, key in ((0, "loss"), (1, "lr")):
                     panels[row, column].plot([line[axis] for line in training], [line[key] for line in training],
@@ -406,6 +429,8 @@ def main(arguments=None):
     flags = parse(arguments)
     try:
         run(flags)
+    except BrokenPipeError:  # nobody reads on, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         raise SystemExit(1)
@@ -437,6 +462,8 @@ def run(flags):
             except ValueError as error:
                 raise ValueError(error if name in str(error) else f"{name}: {error}") from None
             shown.append((Path(name).name, canvas, None, logits_of(model, canvas[None])[0]))
+            if not flags.digit_height and max(canvas.shape) > 2 * model.config.image_size:
+                print(f"{name}: its digits are taken to be 20 px high; if they are not, say so with --digit_height", file=sys.stderr)
     else:
         canvases, truth = data.test_canvases(phase, *data.load_digits(kind, flags.data_dir, "test")[:2], **options)
         print(f"reading {len(canvases):,} test canvases", flush=True)

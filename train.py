@@ -375,8 +375,11 @@ def start_wandb(settings, config):
     except ImportError:
         raise ValueError("--wandb needs the package wandb: pip install wandb") from None
     Path(settings.out_dir).mkdir(parents=True, exist_ok=True)
-    wandb.init(project="vit-digits", name=Path(settings.out_dir).name, dir=settings.out_dir,
-               config={**asdict(settings), "model": asdict(config)})
+    try:
+        wandb.init(project="vit-digits", name=Path(settings.out_dir).name, dir=settings.out_dir,
+                   config={**asdict(settings), "model": asdict(config)})
+    except wandb.errors.Error as error:
+        raise ValueError(f"--wandb: {' '.join(str(error).split())} (WANDB_MODE=offline needs no account)") from None
     return wandb
 
 
@@ -450,13 +453,15 @@ def run(given):
                if checkpoint and name not in free and checkpoint["config"].get(name) != value]
     if changed:
         raise ValueError(f"{path} has another model: {', '.join(changed)} cannot change")
+    if checkpoint:
+        trained = ViT.load(path).to(device)  # refuses tensors that do not fit, before a model of that size takes memory
 
     def evaluation(model, **when):
         result = evaluate(model, *test_set, options["classes"], settings.batch_size, device, dtype)
         return {"event": "eval", "phase": settings.phase, "data": kind + "-val" * bool(settings.val_digits), **when, **result}
 
     if settings.eval_only or checkpoint and checkpoint["step"] >= settings.max_steps:
-        print(table(evaluation(ViT.load(path).to(device)), {"checkpoint": path}))
+        print(table(evaluation(trained), {"checkpoint": path}))
         return
 
     wandb = start_wandb(settings, config) if settings.wandb else None

@@ -53,6 +53,9 @@ class ViTConfig:
             value, least = getattr(self, name), 0 if name in ("overlap", "cell") else 1
             if type(value) is not int or value < least:
                 raise ValueError(f"{name} must be a whole number from {least} up, not {value!r}")
+        for name, kinds in (("mlp_ratio", (int, float)), ("dropout", (int, float)), ("drop_path", (int, float)), ("class_token", (bool,))):
+            if type(getattr(self, name)) not in kinds:
+                raise ValueError(f"{name} must be a {kinds[-1].__name__}, not {getattr(self, name)!r}")
         if not (self.mlp_ratio < math.inf and self.dim * self.mlp_ratio >= 1):
             raise ValueError(f"mlp_ratio must give the MLP at least one channel, not be {self.mlp_ratio!r}")
         for name in ("dropout", "drop_path"):
@@ -123,15 +126,20 @@ def rotate(x, cos, sin):
     return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
-def resample_positions(positions, class_token, rows, columns):
-    """Learned positions (1, class_token + grid * grid, dim) -> (1, class_token + rows * columns, dim), bicubic."""
-    grid = math.isqrt(positions.shape[1] - class_token)
+def resample_positions(positions, prefix, rows, columns):
+    """Learned positions (1, prefix + grid * grid, dim) -> (1, prefix + rows * columns, dim), bicubic and anti-aliased.
+
+    Interpolation is linear and goes side by side, so it is two matrices. Only they come from F.interpolate, whose backward
+    torch.compile cannot do for sizes that vary.
+    """
+    grid = math.isqrt(positions.shape[1] - prefix)
     if (rows, columns) == (grid, grid):
         return positions
-    first, table = positions[:, :class_token], positions[:, class_token:]
-    table = table.float().unflatten(1, (grid, grid)).permute(0, 3, 1, 2)        # (1, dim, grid, grid)
-    table = F.interpolate(table, (rows, columns), mode="bicubic", antialias=True)
-    return torch.cat((first, table.flatten(2).transpose(1, 2).to(first.dtype)), dim=1)
+    one = torch.eye(grid, device=positions.device)[None, None]
+    by_row, by_column = (F.interpolate(one, (n, grid), mode="bicubic", antialias=True)[0, 0] for n in (rows, columns))
+    table = positions[0, prefix:].float().unflatten(0, (grid, grid))            # (grid, grid, dim)
+    table = torch.einsum("rg,ch,ghd->rcd", by_row, by_column, table).flatten(0, 1).to(positions.dtype)
+    return torch.cat((positions[:, :prefix], table[None]), dim=1)
 
 
 class PatchEmbedding(nn.Module):
@@ -244,8 +252,11 @@ class ViT(nn.Module):
         with open(path, "rb") as file:
             try:
                 checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+                config = ViTConfig(**checkpoint["config"])
+                if config.depth > len(checkpoint["average"]):
+                    raise ValueError(f"{config.depth} blocks, but {len(checkpoint['average'])} tensors")
                 with torch.device("meta"):  # so that a config that does not fit the tensors costs no memory
-                    model = cls(ViTConfig(**checkpoint["config"]))
+                    model = cls(config)
                 model.load_state_dict(checkpoint["average"], assign=True)
             except Exception as error:  # torch.load has many kinds of them for a file that it cannot make sense of
                 reason = " ".join(str(error).split())[:200]
@@ -255,9 +266,9 @@ class ViT(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):  # what load_state_dict calls for every module
         positions, grid = state_dict.get(prefix + "pos_embed"), self.config.image_size // self.config.patch_size
         if self.pos_embed is not None and isinstance(positions, torch.Tensor) and positions.ndim == 3:
-            patches = positions.shape[1] - self.config.class_token
-            if patches > 0 and math.isqrt(patches) ** 2 == patches:  # torch's own message is clear for any other shape
-                state_dict[prefix + "pos_embed"] = resample_positions(positions, self.config.class_token, grid, grid)
+            first = int(self.config.class_token)
+            if math.isqrt(max(positions.shape[1] - first, 0)) ** 2 == positions.shape[1] - first:  # else torch's message is clear
+                state_dict[prefix + "pos_embed"] = resample_positions(positions, first, grid, grid)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, images):
@@ -278,7 +289,7 @@ class ViT(nn.Module):
             x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
         rotary = None
         if self.config.positions == "learned":
-            x = x + resample_positions(self.pos_embed, self.config.class_token, rows, columns)
+            x = x + resample_positions(self.pos_embed, int(self.config.class_token), rows, columns)
         else:
             rotary = rotary_table(rows, columns, self.config.dim // self.config.heads, x.device)
         x = F.dropout(x, self.config.dropout, self.training)
