@@ -267,17 +267,17 @@ def ink_box(images):
     return top, left, height, width
 
 
-def augment(images, generator, rotate=0.0, scale=0.0, shear=0.0, shift=0.0, elastic=0.0, side=FRAME):
+def augment(images, rand, rotate=0.0, scale=0.0, shear=0.0, shift=0.0, elastic=0.0, side=FRAME):
     """Each digit turned by up to `rotate` degrees, scaled and sheared by up to those shares, moved by up to `shift` px
     and bent by up to `elastic` px (Simard 2003: displacements that change smoothly over the image).
 
-    images: uint8 (n, 28, 28), and the same comes back. A digit whose ink would grow past `side` px, or leave the
+    images: uint8 (n, 28, 28), and the same comes back. rand: gives random numbers from 0 to 1, (n, *shape). A digit whose ink would grow past `side` px, or leave the
     frame, is scaled down or moved back until it does not; what bending still carries past `side` is cut off.
     """
     n, device = len(images), images.device
 
     def uniform(limit, *shape):
-        return (torch.rand(n, *shape, generator=generator, device=device) * 2 - 1) * limit
+        return (rand(*shape) * 2 - 1) * limit
 
     angle, size, lean = uniform(math.radians(rotate)), 1 + uniform(scale, 2), uniform(shear)
     cos, sin = angle.cos(), angle.sin()
@@ -329,6 +329,7 @@ class Phase(NamedTuple):
 PHASES = {1: Phase(size=28, cell=28, max_digits=None),
           2: Phase(size=56, cell=28, max_digits=None),
           3: Phase(size=64, cell=8, max_digits=5)}
+LARGEST_CANVAS, MOST_DIGITS = 1024, 256  # px, and on a canvas: a test set is in memory as a whole
 TEST_CANVASES = 10_000  # in the test set of a phase, but for canvases of one cell: there, every test digit once
 
 
@@ -348,8 +349,11 @@ def canvas_options(phase, images, labels, size=None, max_digits=None, min_distan
         raise ValueError(f"phase must be one of {', '.join(map(str, PHASES))}, not {phase!r}")
     spec = PHASES[phase]
     size = spec.size if size is None else size
-    if size < 1 or size % spec.cell:
-        raise ValueError(f"canvas size {size} is not a multiple of phase {phase}'s cell of {spec.cell} px")
+    for name, value in (("canvas size", size), ("max_digits", max_digits), ("min_distance", min_distance), ("classes", classes)):
+        if value is not None and type(value) is not int:
+            raise ValueError(f"{name} must be a whole number, not {value!r}")
+    if size % spec.cell or not 0 < size <= LARGEST_CANVAS:
+        raise ValueError(f"canvas size {size} is not a multiple of phase {phase}'s cell of {spec.cell} px, up to {LARGEST_CANVAS} px")
     classes = int(labels.max()) + 1 if classes is None else classes
     if not has_empty_cells(phase):
         if max_digits is not None or min_distance is not None:
@@ -364,56 +368,69 @@ def canvas_options(phase, images, labels, size=None, max_digits=None, min_distan
     min_distance = max(ink, spec.cell) if min_distance is None else min_distance
     if min_distance < spec.cell:
         raise ValueError(f"min_distance {min_distance} is below the cell of {spec.cell} px: two digits could share a cell")
-    lines = lattice_lines(size, ink, min_distance)
-    if not 1 <= max_digits <= lines**2:
-        raise ValueError(f"max_digits must be from 1 to {lines**2}, which is what surely fits on a canvas of {size} px "
+    most = most_digits({"size": size, "ink": ink, "min_distance": min_distance})
+    if not 1 <= max_digits <= most:
+        raise ValueError(f"max_digits must be from 1 to {most}, which is what surely fits on a canvas of {size} px "
                          f"with centres {min_distance} px apart and ink up to {ink} px wide, not {max_digits}")
     return {"size": size, "classes": classes, "max_digits": max_digits, "min_distance": min_distance, "ink": ink}
 
 
-def canvases(phase, images, labels, n, generator, augmentation=None, **options):
+def canvases(phase, images, labels, n, generator, augmentation=None, part=slice(None), **options):
     """n canvases of a phase, with digits drawn uniformly from uint8 (N, 28, 28) images and int64 (N,) labels.
 
-    generator: on the device of the images. augmentation: keywords of `augment`, or None. options: see `canvas_options`;
-    pass its result to leave nothing to be worked out (and, on a GPU, waited for) at each call.
+    generator: on the device of the images. augmentation: keywords of `augment`, or None. part: which of the n to return,
+    the same as they are among all n: processes share a batch so. options: see `canvas_options`; pass its result to leave
+    nothing to be worked out (and, on a GPU, waited for) at each call.
     Returns uint8 (n, H, W) canvases and int64 (n, gh, gw) cell labels, where the class after the last is "empty".
     """
     options = canvas_options(phase, images, labels, **options)
     layout = scattered if has_empty_cells(phase) else in_every_cell
-    return layout(PHASES[phase].cell, images, labels, n, generator, augmentation, **options)
+
+    # The random numbers of all n are drawn, whatever the part
+    def rand(*shape):
+        return torch.rand(n, *shape, generator=generator, device=images.device)[part]
+
+    def randint(below, *shape):
+        return torch.randint(below, (n, *shape), generator=generator, device=images.device)[part]
+
+    return layout(PHASES[phase].cell, images, labels, rand, randint, augmentation, **options)
 
 
-def pick(images, labels, n, generator, augmentation, side=FRAME):
-    """n digits drawn uniformly, augmented: (n, 28, 28), (n,)."""
-    chosen = torch.randint(len(images), (n,), generator=generator, device=images.device)
-    images = images[chosen]
-    return images if augmentation is None else augment(images, generator, side=side, **augmentation), labels[chosen]
+def pick(images, labels, k, rand, randint, augmentation, side=FRAME):
+    """k digits for each of n canvases, drawn uniformly, augmented: (n, k, 28, 28), (n, k)."""
+    chosen = randint(len(images), k)                                        # (n, k)
+    digits = images[chosen.flatten()]
+    if augmentation is not None:
+        digits = augment(digits, lambda *shape: rand(k, *shape).flatten(0, 1), side=side, **augmentation)
+    return digits.view(*chosen.shape, FRAME, FRAME), labels[chosen]
 
 
-def in_every_cell(cell, images, labels, n, generator, augmentation, size, classes):
+def in_every_cell(cell, images, labels, rand, randint, augmentation, size, classes):
     """A digit in every cell, its frame on the cell."""
     grid = size // cell
-    digits, digit_labels = pick(images, labels, n * grid * grid, generator, augmentation)
-    canvas = digits.view(n, grid, grid, cell, cell).transpose(2, 3).reshape(n, size, size)
-    return canvas, digit_labels.view(n, grid, grid)
+    digits, digit_labels = pick(images, labels, grid * grid, rand, randint, augmentation)
+    canvas = digits.unflatten(1, (grid, grid)).transpose(2, 3).reshape(len(digits), size, size)
+    return canvas, digit_labels.unflatten(1, (grid, grid))
 
 
-def scattered(cell, images, labels, n, generator, augmentation, size, classes, max_digits, min_distance, ink):
+def scattered(cell, images, labels, rand, randint, augmentation, size, classes, max_digits, min_distance, ink):
     """0 to max_digits digits anywhere; the cell that holds the centre of a digit's ink box has its label."""
     device, grid = images.device, size // cell
-    digits, digit_labels = pick(images, labels, n * max_digits, generator, augmentation, side=ink)
-    count = torch.randint(max_digits + 1, (n, 1), generator=generator, device=device)
+    digits, digit_labels = pick(images, labels, max_digits, rand, randint, augmentation, side=ink)
+    n = len(digits)
+    count = randint(max_digits + 1, 1)
     present = torch.arange(max_digits, device=device) < count                              # (n, max_digits)
-    top, left, height, width = (edge.view(n, max_digits) for edge in ink_box(digits))
+    top, left, height, width = (edge.view(n, max_digits) for edge in ink_box(digits.flatten(0, 1)))
     box = torch.stack((height, width), dim=-1)                                             # (n, max_digits, 2)
-    centre = place(box, present, size, min_distance, ink, generator)                       # the same, in half px
+    centre = place(box, present, size, min_distance, ink, rand)                            # the same, in half px
     corner = (centre - box) // 2 - torch.stack((top, left), dim=-1)                        # px, of the frame
-    canvas = paste(digits.view(n, max_digits, FRAME, FRAME) * present[..., None, None], corner, size)
+    digits = digits * present[..., None, None]
+    canvas = torch.cat([paste(*some, size) for some in zip(digits.split(500), corner.split(500))])  # indices take memory
     # What is not there is written to one cell too many, which is cut off.
     row, column = (centre // (2 * cell)).unbind(-1)
     where = torch.where(present, row * grid + column, grid * grid)
     cells = torch.full((n, grid * grid + 1), classes, device=device)
-    cells.scatter_(1, where, digit_labels.view(n, max_digits))
+    cells.scatter_(1, where, digit_labels)
     return canvas, cells[:, :-1].view(n, grid, grid)
 
 
@@ -424,11 +441,11 @@ def lattice_lines(size, ink, min_distance):
 
 
 def most_digits(options):
-    """How many digits surely fit on a canvas of such options."""
-    return lattice_lines(options["size"], options["ink"], options["min_distance"]) ** 2
+    """How many digits surely fit on a canvas of such options, and into the memory for a test set of them."""
+    return min(lattice_lines(options["size"], options["ink"], options["min_distance"]) ** 2, MOST_DIGITS)
 
 
-def place(box, present, size, min_distance, ink, generator, sweeps=3, tries=32):
+def place(box, present, size, min_distance, ink, rand, sweeps=3, tries=32):
     """Centres (n, k, 2) for ink boxes (n, k, 2), in half px, uniform over all layouts that keep min_distance.
 
     Placing digits one after the other gets stuck: at five on 64 px about half the time. So every canvas starts from a
@@ -437,14 +454,13 @@ def place(box, present, size, min_distance, ink, generator, sweeps=3, tries=32):
     digits lie differs from it by 2% in total variation). A digit that finds no free place in `tries` draws stays where
     it is, which changes nothing about that.
     """
-    n, k, _ = box.shape
-    device, apart, lines = box.device, 2 * min_distance, lattice_lines(size, ink, min_distance)
+    k, apart, lines = box.shape[1], 2 * min_distance, lattice_lines(size, ink, min_distance)
 
     def below(limit, *shape):  # whole numbers from 0 to limit - 1
-        return (torch.rand(n, *shape, generator=generator, device=device) * limit).int()
+        return (rand(*shape) * limit).int()
 
     slack = 2 * (size - ink) - (lines - 1) * (apart + 1)
-    site = torch.rand(n, lines * lines, generator=generator, device=device).argsort(dim=1, stable=True)[:, :k]
+    site = rand(lines * lines).argsort(dim=1, stable=True)[:, :k]
     row, column = site // lines, site % lines
     row_jitter = below(slack + 1, lines).sort(1).values                     # (n, lines)
     column_jitter = below(slack + 1, lines, lines).sort(2).values           # (n, lines, lines): its own in every row

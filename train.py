@@ -4,6 +4,7 @@
     python train.py --phase=1 --max_steps=1000      # every setting is a flag: python train.py --help
     python train.py --phase=3 --resume              # go on where a run was stopped
     python train.py --phase=3 --eval_only           # evaluate what a run has left
+    torchrun --standalone --nproc_per_node=8 train.py --phase=3      # 8 GPUs of one machine share each batch
 
 A run leaves ckpt.pt (see `save`) and metrics.jsonl (one JSON object a line) in --out_dir. Every random draw of a step
 is a function of (seed, step, purpose) alone, so that logging and evaluating change nothing and a resumed run is the
@@ -25,10 +26,12 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Optional, get_args, get_type_hints
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
@@ -98,8 +101,8 @@ DEFAULTS = {
             patch_size=8, overlap=2, dim=96, depth=4, heads=4, positions="rotary"),
 }
 LIMITS = {  # lowest and highest sensible values; ViTConfig and data.canvas_options check what is theirs
-    "epochs": (1e-9, 1e9), "max_steps": (1, 1e12), "batch_size": (1, 1e6), "log_every": (1, 1e12), "eval_every": (0, 1e12),
-    "save_every": (0, 1e12), "val_digits": (0, 1e12), "lr": (0, 1e12), "warmup": (0, 1), "weight_decay": (0, 1e12),
+    "epochs": (1e-9, 1e9), "max_steps": (1, 1e12), "batch_size": (1, 65_536), "log_every": (1, 1e12), "eval_every": (0, 1e12),
+    "save_every": (0, 1e12), "seed": (0, 1e18), "val_digits": (0, 1e12), "lr": (0, 1e12), "warmup": (0, 1), "weight_decay": (0, 1e12),
     "beta1": (0, 0.999999), "beta2": (0, 0.999999), "grad_clip": (0, 1e12), "average": (0, 1), "train_digits": (0, 1e6),
     "rotate": (0, 180), "scale": (0, 0.9), "shear": (0, 2), "shift": (0, 14), "elastic": (0, 14),
 }
@@ -170,16 +173,17 @@ def settle(given, saved):
 # AdamW (Loshchilov 2019, arXiv:1711.05101) on flat buffers: a handful of vector operations, whatever the model
 
 
-def flatten(model):
+def flatten(model, notes=0):
     """Make all parameters of a model views of one flat tensor, and their gradients of another. Matrices come first.
 
-    Returns the two tensors and how many of their elements belong to the matrices, which are what weight decay is for:
-    biases, norms and positions are left alone. `.to()` and `zero_grad()` would break the views: `still_flat` tells.
+    Returns the two tensors, the second with `notes` elements more at its end, and how many elements belong to the matrices,
+    which are what weight decay is for: biases, norms and positions are left alone. `.to()` and `zero_grad()` would break
+    the views: `still_flat` tells.
     """
     parameters = sorted(model.named_parameters(), key=lambda item: not decays(*item))
     spans = [-(-parameter.numel() // 16) * 16 for _, parameter in parameters]  # 16 floats: 64 bytes, a cache line
     weights = torch.zeros(sum(spans), dtype=parameters[0][1].dtype, device=parameters[0][1].device)
-    gradients = torch.zeros_like(weights)
+    gradients = weights.new_zeros(len(weights) + notes)
     start = 0
     for (_, parameter), span in zip(parameters, spans):
         part = slice(start, start + parameter.numel())
@@ -200,13 +204,20 @@ def still_flat(model, weights, gradients):
     return all(within(p.data, weights) and within(p.grad, gradients) for p in model.parameters())
 
 
-def adamw(weights, gradients, mean, square, step, matrices, lr, weight_decay, beta1, beta2, eps=1e-8):
-    """One step, in place: the first is step 1. mean and square are the moving averages of gradients and their squares."""
-    weights[:matrices].mul_(1 - lr * weight_decay)
-    mean.lerp_(gradients, 1 - beta1)
-    square.mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2)
-    scale = square.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)
-    weights.addcdiv_(mean, scale, value=-lr / (1 - beta1**step))
+def adamw_rates(step, lr, weight_decay, beta1, beta2):
+    """The five numbers that `adamw` needs for a step, of which the first is step 1."""
+    return [lr * weight_decay, 1 - beta1, 1 - beta2, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5]
+
+
+def adamw(weights, gradients, mean, square, matrices, rates, eps=1e-8):
+    """One step, in place. mean and square are the moving averages of gradients and their squares. rates: a tensor of
+    `adamw_rates`, so that no step waits for the device; where all are 0, nothing changes."""
+    decay, new_mean, new_square, step_size, correction = rates.unbind()
+    weights[:matrices].mul_(1 - decay)
+    mean.lerp_(gradients, new_mean)
+    square.lerp_(gradients.square(), new_square)
+    scale = square.sqrt().mul_(correction).add_(eps)
+    weights.sub_(torch.div(mean, scale, out=scale).mul_(step_size))
 
 
 def learning_rate(step, settings):
@@ -237,6 +248,55 @@ def pick_dtype(name, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Several processes, started by torchrun: each computes its part of every batch, and the gradients are added up
+
+TIME_OUT = timedelta(minutes=5)  # after which a process that is waited for is given up
+
+
+def join(device):
+    """Join the processes that torchrun started, if it did. Returns this one's device, its rank and their number."""
+    rank, processes, local = (int(os.environ.get(name, default)) for name, default in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if processes == 1:
+        return device, 0, 1
+    if device.type != "cpu":
+        if local >= torch.accelerator.device_count():
+            raise ValueError(f"process {local} has no device of its own: start at most {torch.accelerator.device_count()} on "
+                             "this machine (--nproc_per_node)")
+        torch.accelerator.set_device_index(local)
+        device = torch.device(device.type, local)
+    try:
+        # torchrun's store outlives a restart, and with it the addresses of processes that are gone: every start has its own keys
+        store, _, _ = next(dist.rendezvous("env://", timeout=TIME_OUT))
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(dist.get_default_backend_for_device(device), timeout=TIME_OUT, store=store,
+                                rank=rank, world_size=processes)
+    except RuntimeError as error:
+        raise ConnectionError(f"the processes did not find each other: {str(error).splitlines()[0][:200]}") from None
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+    return device, rank, processes
+
+
+def reduce(tensor, how="SUM"):
+    """Add a tensor up over all processes, in place. ConnectionError if one of them is gone."""
+    if dist.is_available() and dist.is_initialized():
+        try:
+            dist.all_reduce(tensor, getattr(dist.ReduceOp, how))
+        except RuntimeError as error:
+            raise ConnectionError(f"another process is gone, so this one stops too ({str(error).splitlines()[0][:100]})") from None
+    return tensor
+
+
+def check_agreement(device, *facts):
+    """Raise ValueError unless the facts are the same in all processes."""
+    digest = int.from_bytes(hashlib.blake2b(repr(facts).encode(), digest_size=7).digest(), "big")
+    most, least = reduce(torch.tensor([digest, -digest], device=device), "MAX").tolist()
+    if most != -least:
+        raise ValueError("the processes do not start alike: they need the same flags and data, and an --out_dir that they share")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The loop and what surrounds it
 
 
@@ -247,21 +307,22 @@ def predict(model, canvas, device, dtype):
 
 
 @torch.no_grad()
-def evaluate(model, canvases, labels, classes, batch_size, device, dtype):
+def evaluate(model, canvases, labels, classes, device, dtype, rank=0, processes=1):
     """Mean loss and accuracies (shares of 1, None where one does not apply) over canvases (n, H, W) and the labels
-    (n, gh, gw) of their cells, where labels below `classes` are digits."""
+    (n, gh, gw) of their cells, where labels below `classes` are digits. Each process takes its share of them."""
     model.eval()
-    loss, digits, digits_right, empties, empties_right, exact = 0.0, 0, 0, 0, 0, 0
-    for canvas, label in zip(canvases.split(batch_size), labels.split(batch_size)):
+    totals = torch.zeros(6, dtype=torch.float64)
+    some = max(1, 2**20 // canvases[0].numel())  # about a million px at a time
+    for canvas, label in zip(canvases[rank::processes].split(some), labels[rank::processes].split(some)):
         label = label.to(device)
         logits = predict(model, canvas.to(device), device, dtype)
-        loss += F.cross_entropy(logits.flatten(0, 2), label.flatten(), reduction="sum").item()
+        loss = F.cross_entropy(logits.flatten(0, 2), label.flatten(), reduction="sum")
         right, digit = logits.argmax(-1) == label, label < classes
-        digits += digit.sum().item()
-        digits_right += (right & digit).sum().item()
-        empties += (~digit).sum().item()
-        empties_right += (right & ~digit).sum().item()
-        exact += right.flatten(1).all(1).sum().item()
+        totals += torch.tensor([part.item() for part in (
+            loss, digit.sum(), (right & digit).sum(), (~digit).sum(), (right & ~digit).sum(), right.flatten(1).all(1).sum())])
+    if processes > 1:
+        totals = reduce(totals.to(device))
+    loss, digits, digits_right, empties, empties_right, exact = totals.tolist()
     return {"loss": loss / (digits + empties), "cell_accuracy": (digits_right + empties_right) / (digits + empties),
             "digit_accuracy": digits_right / digits, "empty_accuracy": empties_right / empties if empties else None,
             "exact_match": exact / len(canvases)}
@@ -307,13 +368,21 @@ def load_checkpoint(path, phase):
     with open(path, "rb") as file:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-            version, of_phase, names = checkpoint["version"], checkpoint["phase"], set(checkpoint["settings"])
+            version, names = checkpoint["version"], set(checkpoint["settings"])
         except Exception as error:  # torch.load has many kinds of them for a file that it cannot make sense of
             raise ValueError(f"{path} is not a checkpoint of train.py: {' '.join(str(error).split())[:200]}") from None
-    if version != 2 or names != {field.name for field in fields(Settings)}:
+    hints = get_type_hints(Settings)
+    if version != 2 or names != set(hints):
         raise ValueError(f"{path} was written by another version of train.py")
-    if of_phase != phase:
-        raise ValueError(f"{path} is of phase {of_phase}, not {phase}")
+    kinds = {"phase": int, "data": str, "canvas": dict, "config": dict, "step": int, "since": int, "seconds": float,
+             "train_seconds": float, "model": dict, "average": dict, "mean": torch.Tensor, "square": torch.Tensor,
+             "sums": torch.Tensor}
+    odd = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name), kind)]
+    odd += [name for name, value in checkpoint["settings"].items() if type(value) not in (get_args(hints[name]) or (hints[name],))]
+    if odd or not 0 <= checkpoint["since"] <= checkpoint["step"]:
+        raise ValueError(f"{path} is damaged: {', '.join(odd or ['step'])} cannot be right")
+    if checkpoint["phase"] != phase:
+        raise ValueError(f"{path} is of phase {checkpoint['phase']}, not {phase}")
     return checkpoint
 
 
@@ -422,6 +491,9 @@ def main(arguments=None):
     except KeyboardInterrupt:
         print()
         fail("stopped before training began", 130)
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def run(given):
@@ -432,11 +504,12 @@ def run(given):
     if settings.eval_only or settings.resume and path.exists():
         checkpoint = load_checkpoint(path, settings.phase)
         settings = settle(given, checkpoint["settings"])
-    device = pick_device(settings.device)
+    device, rank, processes = join(pick_device(settings.device))
     dtype = pick_dtype(settings.dtype, device)
 
     # Digits, canvases, model
     digits, test_set, canvas_asked, kind = prepare(settings)
+    check_agreement(device, {**asdict(settings), "data_dir": None}, kind, checkpoint and checkpoint["step"], torch.__version__)
     options = data.canvas_options(settings.phase, *digits, **canvas_asked)
     if checkpoint and checkpoint["data"] != kind:
         raise ValueError(f"{path} was trained on {checkpoint['data']} digits, these are {kind} ones")
@@ -457,23 +530,25 @@ def run(given):
         trained = ViT.load(path).to(device)  # refuses tensors that do not fit, before a model of that size takes memory
 
     def evaluation(model, **when):
-        result = evaluate(model, *test_set, options["classes"], settings.batch_size, device, dtype)
+        result = evaluate(model, *test_set, options["classes"], device, dtype, rank, processes)
         return {"event": "eval", "phase": settings.phase, "data": kind + "-val" * bool(settings.val_digits), **when, **result}
 
     if settings.eval_only or checkpoint and checkpoint["step"] >= settings.max_steps:
         print(table(evaluation(trained), {"checkpoint": path}))
         return
 
-    wandb = start_wandb(settings, config) if settings.wandb else None
+    wandb = start_wandb(settings, config) if settings.wandb and rank == 0 else None
 
     # The moving average of the weights is a second model; both are on flat buffers
     torch.manual_seed(settings.seed)
     model = ViT(config).to(device)
     averaged = copy.deepcopy(model).eval()
-    weights, gradients, matrices = flatten(model)
+    weights, reduced, matrices = flatten(model, notes=4)
+    gradients, notes = reduced[:len(weights)], reduced[len(weights):]  # notes: loss, digits, digits right, wish to stop
     average, _, _ = flatten(averaged)
     mean, square = torch.zeros_like(weights), torch.zeros_like(weights)
-    sums, since = torch.zeros(3, device=device), 0  # of loss, digits and digits read right, since the last log line
+    sums, since = torch.zeros(3, device=device), 0                     # of loss, digits and digits right, since the last log line
+    alarms = torch.zeros(2, device=device)                             # steps that were not finite, wishes to stop
     step, seconds_before, train_seconds = 0, 0.0, 0.0
     log_path = path.with_name("metrics.jsonl")
     if checkpoint:
@@ -487,8 +562,9 @@ def run(given):
             since, step, seconds_before, train_seconds = (checkpoint[key] for key in ("since", "step", "seconds", "train_seconds"))
         except (RuntimeError, KeyError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} cannot be resumed: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
-        cut_back(log_path, step)
-    else:
+        if rank == 0:
+            cut_back(log_path, step)
+    elif rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             for old in (log_path, path):
@@ -502,60 +578,75 @@ def run(given):
           f"model: {sum(p.numel() for p in model.parameters()):,} parameters on {device}, {str(dtype).split('.')[1]}, "
           f"{'compiled' if settings.compile else 'not compiled'}\n"
           f"run: step {step:,} to {settings.max_steps:,}, {settings.batch_size} canvases each, seed {settings.seed}, "
-          f"in {path.parent}")
+          f"in {path.parent}" + (f", {processes} processes" if processes > 1 else ""))
+    part = slice(rank * settings.batch_size // processes, (rank + 1) * settings.batch_size // processes)
     images, labels = (tensor.to(device) for tensor in digits)
     augmentation = {name: getattr(settings, name) for name in ("rotate", "scale", "shear", "shift", "elastic")}
     forward = torch.compile(model) if settings.compile else model
     if settings.compile:  # now, so that the clock of the training does not count it
-        blank = torch.zeros(settings.batch_size, options["size"], options["size"], dtype=torch.uint8, device=device)
+        blank = torch.zeros(part.stop - part.start, options["size"], options["size"], dtype=torch.uint8, device=device)
         predict(forward, blank, device, dtype).sum().backward()
-    first, mark = step, time.perf_counter()
+    first, spent, mark = step, 0.0, time.perf_counter()
     shown = saved = mark
-    with open(log_path, "a") as log, signals_noted() as noted:
+    with open(log_path if rank == 0 else os.devnull, "a") as log, signals_noted() as noted:
         while step < settings.max_steps:
-            # Draw, forward, backward
+            # Draw, forward, backward: this process's part of the batch
             generator = random_stream(device, settings.seed, step, "canvases")
-            canvas, cells = data.canvases(settings.phase, images, labels, settings.batch_size, generator, augmentation,
+            canvas, cells = data.canvases(settings.phase, images, labels, settings.batch_size, generator, augmentation, part,
                                            **train_options)
-            torch.manual_seed(random_stream("cpu", settings.seed, step, "dropout").initial_seed())
+            torch.manual_seed(random_stream("cpu", settings.seed, step, "dropout", rank).initial_seed())
             model.train()
             logits = predict(forward, canvas, device, dtype)
             # Most cells of phase 3 are empty, and all count alike: empty ones weighted 0.2 found more digits (91.1% against
             # 83.7%, after 400 steps of 128) but saw so many where there are none that exact canvases fell from 62.0% to
             # 51.2%. Canvases with more digits (train_digits) are the cure: 65.9%.
-            loss = F.cross_entropy(logits.flatten(0, 2), cells.flatten())
-            gradients.zero_()
+            loss = F.cross_entropy(logits.flatten(0, 2), cells.flatten(), reduction="sum")
+            loss = loss / (settings.batch_size * cells[0].numel())
+            reduced.zero_()
             loss.backward()
-
-            # Clip, AdamW, average
-            norm = gradients.norm()
-            if settings.grad_clip:
-                gradients.mul_((settings.grad_clip / (norm + 1e-6)).clamp(max=1))
-            lr = learning_rate(step, settings)
-            step += 1
-            adamw(weights, gradients, mean, square, step, matrices, lr, settings.weight_decay, settings.beta1, settings.beta2)
-            average.lerp_(weights, 1 - min(settings.average, step / (step + 10)))  # early on, a shorter one
-
-            # Log, evaluate, save
             digit = cells < options["classes"]
             right = digit & (logits.argmax(-1) == cells)
-            sums += torch.stack((loss.detach(), digit.sum(), right.sum()))
-            final, stopping = step == settings.max_steps, bool(noted)
+            wish = torch.full((), len(noted), device=device)
+            notes.copy_(torch.stack((loss.detach(), digit.sum(), right.sum(), wish)))
+            reduce(reduced)
+
+            # Clip, AdamW, average. A step that is not finite changes nothing
+            norm = gradients.norm()
+            finite = (norm + notes[0]).isfinite()
+            if settings.grad_clip:
+                gradients.mul_((settings.grad_clip / (norm + 1e-6)).clamp(max=1))
+            gradients.masked_fill_(~finite, 0)
+            lr = learning_rate(step, settings)
+            step += 1
+            rates = adamw_rates(step, lr, settings.weight_decay, settings.beta1, settings.beta2)
+            rates.append(1 - min(settings.average, step / (step + 10)))  # early on, a shorter average
+            rates = torch.tensor(rates).to(device, non_blocking=True) * finite
+            adamw(weights, gradients, mean, square, matrices, rates[:5])
+            average.lerp_(weights, rates[5])
+            sums += notes[:3]
+            alarms += torch.stack((~finite, notes[3]))
+
+            # Log, evaluate, save
+            final = step == settings.max_steps
             evaluate_now = final or settings.eval_every and step % settings.eval_every == 0
             log_now = evaluate_now or step % settings.log_every == 0
-            if not (log_now or stopping):
-                continue
-            loss_sum, digits_seen, digits_right = sums.tolist()
-            if not math.isfinite(loss_sum + norm.item()):
+            if not (log_now or device.type == "cpu" or step % 10 == 0):
+                continue  # to read a number makes an accelerator wait
+            skipped, stopping = alarms.tolist()
+            if skipped:
                 raise FloatingPointError(f"the loss or its gradient is not finite by step {step}, at learning rate {lr:.2g}: try a "
                                          f"lower --lr; {path} is from an earlier step, if it is there")
+            save_now = rank == 0 and (final or stopping or time.perf_counter() - saved > settings.save_every)
+            if not (log_now or save_now or stopping):
+                continue
             now = time.perf_counter()
-            train_seconds, spent, mark = train_seconds + now - mark, now - mark, now
+            train_seconds, spent, mark = train_seconds + now - mark, spent + now - mark, now
             if log_now:
+                loss_sum, digits_seen, digits_right = sums.tolist()
                 line = {"event": "train", "step": step, "seconds": seconds_before + now - started,
                         "loss": loss_sum / (step - since), "lr": lr, "grad_norm": norm.item(),
                         "images_per_second": (step - max(since, first)) * settings.batch_size / spent}
-                since = step
+                since, spent = step, 0.0
                 sums.zero_()
                 print(json.dumps(line), file=log, flush=True)
                 if wandb:
@@ -577,7 +668,7 @@ def run(given):
                                          options["classes"] if data.has_empty_cells(settings.phase) else None)
                     log_evaluation(wandb, result, some, readings, weights, gradients)
                 mark = time.perf_counter()
-            if final or stopping or time.perf_counter() - saved > settings.save_every:
+            if save_now:
                 assert still_flat(model, weights, gradients), "a parameter is no longer a view of the flat buffer"
                 save(path, {"version": 2, "phase": settings.phase, "canvas": canvas_asked, "data": kind,
                             "config": asdict(config), "settings": asdict(settings), "step": step,
@@ -586,9 +677,12 @@ def run(given):
                             "sums": sums, "since": since})
                 saved = time.perf_counter()
             if stopping and not final:
+                reduce(alarms)  # that is, wait until the first process has saved
                 print()
-                fail(f"stopped at step {step:,} of {settings.max_steps:,} and saved: the same command with --resume goes on",
-                     128 + noted[0])
+                code = 128 + (noted or [signal.SIGTERM])[0]
+                if rank:
+                    raise SystemExit(code)
+                fail(f"stopped at step {step:,} of {settings.max_steps:,} and saved: the same command with --resume goes on", code)
     if wandb:
         artifact = wandb.Artifact(f"phase{settings.phase}", type="model")
         artifact.add_file(str(path))

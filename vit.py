@@ -14,6 +14,7 @@ Sources: ViT (Dosovitskiy 2021, arXiv:2010.11929), pre-norm blocks (Xiong 2020, 
 2021, arXiv:2104.09864) along both axes (Heo 2024, arXiv:2403.13298), drop path (Huang 2016, arXiv:1603.09382).
 """
 import math
+import os
 from dataclasses import dataclass, fields
 
 import torch
@@ -257,6 +258,8 @@ class ViT(nn.Module):
                     raise ValueError(f"{config.depth} blocks, but {len(checkpoint['average'])} tensors")
                 with torch.device("meta"):  # so that a config that does not fit the tensors costs no memory
                     model = cls(config)
+                if (count := sum(parameter.numel() for parameter in model.parameters())) > os.fstat(file.fileno()).st_size:
+                    raise ValueError(f"its config asks for {count:,} weights, more than the file has bytes")
                 model.load_state_dict(checkpoint["average"], assign=True)
             except Exception as error:  # torch.load has many kinds of them for a file that it cannot make sense of
                 reason = " ".join(str(error).split())[:200]
