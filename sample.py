@@ -52,9 +52,16 @@ def load(path):
         raise OSError(f"there is no checkpoint {path}: train one with train.py")
     model = ViT.load(path)
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if not {"phase", "canvas", "data"} <= checkpoint.keys():
-        raise ValueError(f"{path} is not a checkpoint of train.py: it does not say what it was trained on")
-    return model, checkpoint["phase"], checkpoint["canvas"], checkpoint["data"]
+    try:
+        phase, canvas, kind = checkpoint["phase"], checkpoint["canvas"], checkpoint["data"]
+        fits = model.config.cell == data.PHASES[phase].cell and canvas["size"] in (None, model.config.image_size) and \
+            model.config.num_classes == canvas["classes"] + data.has_empty_cells(phase) and kind in ("mnist", "drawn") and \
+            canvas.keys() == {"size", "max_digits", "min_distance", "classes"}
+    except (KeyError, TypeError, AttributeError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{path} is not a checkpoint of train.py: what it says of its canvases does not fit its model")
+    return model, phase, canvas, kind
 
 
 @torch.no_grad()

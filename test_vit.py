@@ -896,6 +896,14 @@ def test_adamw_is_torchs(drawn, dtype, tolerance):
             torch.testing.assert_close(p, other, rtol=tolerance, atol=tolerance, msg=lambda m: f"step {step}, {name}: {m}")
 
 
+def test_adamw_of_zero_rates_changes_nothing():
+    """So a step that is not finite is left out without asking the device."""
+    before = [torch.randn(1000, generator=seeded(i)) for i in range(3)]
+    weights, mean, square = (tensor.clone() for tensor in before)
+    train.adamw(weights, torch.zeros(1000), mean, square.square_(), 500, torch.zeros(5))
+    assert torch.equal(weights, before[0]) and torch.equal(mean, before[1]) and torch.equal(square, before[2].square())
+
+
 def test_learning_rate_rises_then_falls_to_zero():
     settings = train.Settings(max_steps=100, lr=2.0, warmup=0.1)
     rates = [train.learning_rate(step, settings) for step in range(101)]
@@ -1621,6 +1629,25 @@ def test_optional_packages_are_missed_in_one_line(few_digits, tmp_path, capsys, 
     error = capsys.readouterr().err
     assert stopped.value.code in (1, 2) and error.count("\n") == 1 and f"pip install {package.replace('PIL', 'pillow')}" in error
     assert package != "wandb" or not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: c.pop("canvas"), lambda c: c.update(canvas=7), lambda c: c.update(phase=[3]), lambda c: c.update(data="mine"),
+    lambda c: c["canvas"].update(size=10**9), lambda c: c["canvas"].update(classes=10**12), lambda c: c["canvas"].update(wings=2),
+    lambda c: c["canvas"].update(max_digits="many"), lambda c: c["canvas"].update(max_digits=10**9),
+    lambda c: c.update(average=torch.zeros(3))])
+def test_sample_refuses_a_strangers_checkpoint(few_digits, tmp_path, change, capsys):
+    train.main([*few_digits, "--phase=3", "--max_steps=1"])
+    path = tmp_path / "out" / "ckpt.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, path)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(["--phase=3", *few_digits[:1], f"--out_dir={path.parent}"])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 1 and error.startswith("sample.py: ") and error.count("\n") == 1
+    assert "is not a checkpoint" in error or "max_digits must be" in error
 
 
 @pytest.mark.parametrize("phase", data.PHASES)
