@@ -526,9 +526,9 @@ def test_classes_come_from_the_labels():
 
 
 def test_to_input():
-    inputs = data.to_input(torch.tensor([[[0, 255]]], dtype=torch.uint8))
-    assert inputs.shape == (1, 1, 1, 2) and inputs.dtype == torch.float32
-    torch.testing.assert_close(inputs.flatten(), torch.tensor([0, 1 / 0.3081]))
+    inputs = data.to_input(torch.tensor([[[0, 1, 51, 255]]], dtype=torch.uint8))
+    assert inputs.shape == (1, 1, 1, 4) and inputs.dtype == torch.float32
+    torch.testing.assert_close(inputs.flatten(), torch.tensor([0, (1 + 1 / 255) / 2, 0.6, 1]) / 0.34)
 
 
 def test_read():
