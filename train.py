@@ -101,7 +101,7 @@ DEFAULTS = {
             patch_size=14, overlap=7, dim=64, depth=4, heads=4, positions="learned",
             rotate=10.0, scale=0.1, shear=0.1, shift=1.0, elastic=1.5),
     3: dict(max_steps=2_100, batch_size=64, eval_every=1_000, lr=8e-3, train_digits=9,
-            patch_size=8, overlap=2, dim=96, depth=4, heads=2, positions="rotary",
+            patch_size=8, overlap=2, dim=96, depth=4, heads=4, positions="rotary",
             rotate=0.0, scale=0.0, shear=0.0, shift=0.0, elastic=0.0),
 }
 LIMITS = {  # lowest and highest sensible values; ViTConfig and data.canvas_options check what is theirs
@@ -509,6 +509,8 @@ def run(given):
         checkpoint = load_checkpoint(path, settings.phase)
         settings = settle(given, checkpoint["settings"])
     device, rank, processes = join(pick_device(settings.device))
+    if settings.batch_size < processes:
+        raise ValueError(f"--batch_size={settings.batch_size} is less than one canvas for each of {processes} processes")
     dtype = pick_dtype(settings.dtype, device)
 
     # Digits, canvases, model
