@@ -929,6 +929,44 @@ def test_device_and_dtype(monkeypatch):
         train.pick_device("nonsense")
 
 
+SMALL = ["--smoke", "--device=cpu", "--dim=16", "--depth=1", "--heads=1"]
+
+
+@pytest.mark.parametrize("flags", [["--phase=1"], ["--phase=2", "--dtype=bfloat16"], ["--phase=3"]])
+def test_smoke_passes_and_leaves_nothing(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*SMALL, *flags])
+    printed = capsys.readouterr().out
+    assert stopped.value.code == 0 and "FAIL" not in printed and "all right" in printed and not list(tmp_path.iterdir())
+    for name in ("float32", *(["bfloat16"] if len(flags) > 1 else [])):
+        assert printed.count(f"PASS  {name} ") == 6 and f"      {name}: " in printed
+
+
+@pytest.mark.parametrize("fault,failing", [
+    (lambda out: out * 1.01, {"logits", "gradients"}),
+    (lambda out: out * float("nan"), {"logits", "gradients", "AdamW", "training", "finite"})])
+def test_smoke_notices_a_faulty_device(fault, failing, monkeypatch, capsys):
+    """Attention in float32 is wrong, as a kernel of a device would be; that of the reference is not."""
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *rest, **more:
+                        attention(q, *rest, **more) if q.dtype == torch.float64 else fault(attention(q, *rest, **more)))
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*SMALL, "--phase=3"])
+    printed = capsys.readouterr().out
+    assert stopped.value.code == 1 and f"{len(failing)} of 6 checks FAILED" in printed
+    assert {line.split()[2].rstrip(":") for line in printed.splitlines() if line.startswith("FAIL")} == failing
+
+
+def test_smoke_of_a_device_that_cannot(monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise NotImplementedError("no such kernel\nand a long story")
+    monkeypatch.setattr(F, "scaled_dot_product_attention", refuse)
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*SMALL, "--phase=3"])
+    assert stopped.value.code == 1 and capsys.readouterr().err == "train.py: FAIL, this device cannot run it: no such kernel\n"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -1347,7 +1385,7 @@ def command(script, *flags, **environment):
 @pytest.mark.parametrize("flags,words,code", [
     (["--phsae=3"], "unknown argument --phsae=3, did you mean --phase?", 2), (["--phase=4"], "--phase must be one of 1, 2, 3, not 4", 2),
     (["--lr=fast"], "argument --lr: invalid float value: 'fast'", 2), (["--lr=-1"], "--lr must be from 0", 2),
-    (["--batch_size", "0"], "--batch_size must be from 1 to 1e+06, not 0", 2), (["--dtype=float16"], "--dtype must be one of", 2),
+    (["--batch_size", "0"], "--batch_size must be from 1 to 65536, not 0", 2), (["--dtype=float16"], "--dtype must be one of", 2),
     (["--epochs=inf"], "--epochs must be from", 2), (["--beta2=1"], "--beta2 must be from 0", 2), (["--compile=maybe"], "expected true or false, not 'maybe'", 2), (["--epochs=1", "--max_steps=5"], "not both", 2),
     (["--device=abacus"], "--device=abacus cannot be used here", 2), (["more"], "unknown argument more", 2),
     (["--eval_only", "--out_dir=nowhere"], "there is no checkpoint", 1)])

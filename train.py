@@ -4,6 +4,7 @@
     python train.py --phase=1 --max_steps=1000      # every setting is a flag: python train.py --help
     python train.py --phase=3 --resume              # go on where a run was stopped
     python train.py --phase=3 --eval_only           # evaluate what a run has left
+    python train.py --smoke                         # is the device all right? exit code 0 or 1
     torchrun --standalone --nproc_per_node=8 train.py --phase=3      # 8 GPUs of one machine share each batch
 
 A run leaves ckpt.pt (see `save`) and metrics.jsonl (one JSON object a line) in --out_dir. Every random draw of a step
@@ -20,6 +21,7 @@ import io
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -47,6 +49,7 @@ class Settings:
     out_dir: Optional[str] = None           # folder for ckpt.pt and metrics.jsonl (default: out/phase<phase>)
     resume: bool = False                    # go on from the checkpoint in out_dir, if there is one
     eval_only: bool = False                 # evaluate the checkpoint in out_dir and stop
+    smoke: bool = False                     # check the device in some seconds, without files or network, and stop
     val_digits: int = 0                     # hold so many training digits back and evaluate on them, not on the test set
     device: str = "auto"                    # cuda, mps, xpu, cpu, or auto: the accelerator if there is one
     dtype: str = "auto"                     # float32, bfloat16 (autocast), or auto: bfloat16 where the hardware has it
@@ -464,6 +467,12 @@ def log_evaluation(wandb, result, canvases, readings, weights, gradients):
               step=result["step"])
 
 
+def model_config(settings, options):
+    return ViTConfig(image_size=options["size"], num_classes=options["classes"] + data.has_empty_cells(settings.phase),
+                     cell=data.PHASES[settings.phase].cell, **{name: getattr(settings, name) for name in (
+                         "patch_size", "overlap", "dim", "depth", "heads", "mlp_ratio", "positions", "dropout", "drop_path")})
+
+
 def prepare(settings):
     """The digits to train on, the canvases to evaluate on, the options that both were asked for, the kind of the digits."""
     images, labels, kind = data.load_digits(settings.data, settings.data_dir, "train")
@@ -481,14 +490,140 @@ def prepare(settings):
     return (images, labels), data.test_canvases(settings.phase, *test_digits, **canvas), canvas, kind
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The device smoke test
+
+TOLERANCE = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (0.05, 0.1)}  # largest relative difference of logits, of gradients
+SMOKE_STEPS, SMOKE_FALL = 30, 0.7   # training steps on one batch, after which its loss is to be below this share of the first
+
+
+def smoke(settings):
+    """Check a device against float64 on the CPU, and measure its speed, with digits drawn by the program. Prints a line for
+    each check; returns whether all passed."""
+    device, passed = pick_device(settings.device), []
+
+    def check(name, good, figure):
+        passed.append(bool(good))
+        print(f"{'PASS' if good else 'FAIL'}  {name}: {figure}", flush=True)
+
+    def wait():
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def difference(found, expected):
+        """Largest difference, in units of the largest expected value. NaN where any value is."""
+        return ((found.double().cpu() - expected).abs().max() / expected.abs().max()).item()
+
+    digits = data.drawn_digits(500, seed=settings.seed)
+    options = data.canvas_options(settings.phase, *digits, settings.canvas_size, settings.max_digits, settings.min_distance)
+    canvas, cells = data.canvases(settings.phase, *digits, 32, random_stream("cpu", settings.seed, "smoke"), **options)
+    torch.manual_seed(settings.seed)
+    expected = ViT(model_config(settings, options)).double()
+    right = expected(data.to_input(canvas).double())
+    F.cross_entropy(right.flatten(0, 2), cells.flatten()).backward()
+    right_gradients = torch.cat([parameter.grad.flatten() for parameter in expected.parameters()])
+    canvas, target = canvas.to(device), cells.to(device).flatten()
+
+    # One dtype after the other: float32, and what training would take
+    for dtype in dict.fromkeys((torch.float32, pick_dtype(settings.dtype, device))):
+        name, (tolerance, gradient_tolerance) = str(dtype).split(".")[1], TOLERANCE[dtype]
+        model = ViT(expected.config)
+        model.load_state_dict(expected.state_dict())
+        model.to(device)
+        weights, gradients, matrices = flatten(model)
+        forward = torch.compile(model) if settings.compile else model
+
+        def forward_backward():
+            gradients.zero_()
+            logits = predict(forward, canvas, device, dtype)
+            loss = F.cross_entropy(logits.flatten(0, 2), target)
+            loss.backward()
+            return logits.detach(), loss.detach()
+
+        logits, first_loss = forward_backward()
+        off = difference(logits, right.detach())
+        check(f"{name} logits", off <= tolerance, f"{off:.1e} off, at most {tolerance:g} is right")
+        off = difference(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]), right_gradients)
+        check(f"{name} gradients", off <= gradient_tolerance, f"{off:.1e} off, at most {gradient_tolerance:g} is right")
+
+        # AdamW, the same step in float64 on the CPU
+        mean, square = torch.zeros_like(weights), torch.zeros_like(weights)
+        rates = torch.tensor(adamw_rates(1, settings.lr, settings.weight_decay, settings.beta1, settings.beta2))
+        wanted = weights.double().cpu()
+        adamw(wanted, gradients.double().cpu(), wanted * 0, wanted * 0, matrices, rates.double())
+        adamw(weights, gradients, mean, square, matrices, rates.to(device))
+        off = difference(weights, wanted)
+        check(f"{name} AdamW", off <= 1e-5, f"{off:.1e} off, at most 1e-05 is right")
+
+        for step in range(2, SMOKE_STEPS + 1):
+            if step == 11:                                              # what comes before warms up
+                wait()
+                began = time.perf_counter()
+            loss = forward_backward()[1]
+            rates = adamw_rates(step, settings.lr * min(1, step / 10), settings.weight_decay, settings.beta1, settings.beta2)
+            gradients.mul_((1 / (gradients.norm() + 1e-6)).clamp(max=1))
+            adamw(weights, gradients, mean, square, matrices, torch.tensor(rates).to(device))
+        wait()
+        seconds = (time.perf_counter() - began) / (SMOKE_STEPS - 10)
+        fall = (loss / first_loss).item()
+        check(f"{name} training", fall <= SMOKE_FALL, f"loss {first_loss.item():.3f} to {loss.item():.3f} in {SMOKE_STEPS} steps, "
+              f"at most {SMOKE_FALL:g} of the first is right")
+        finite = all(tensor.isfinite().all() for tensor in (weights, gradients, mean, square))
+        check(f"{name} finite", finite, "weights, gradients and moments" if finite else "NaN or infinity in weights, gradients or moments")
+        file = io.BytesIO()
+        torch.save(model.state_dict(), file)
+        file.seek(0)
+        again = torch.load(file, map_location="cpu", weights_only=True)
+        same = all(torch.equal(tensor.cpu().view(torch.uint8), again[key].view(torch.uint8))  # NaN too
+                   for key, tensor in model.state_dict().items())
+        check(f"{name} save and load", same, "bit-identical" if same else "what is loaded is not what was saved")
+
+        # Speed, and how near it comes to that of a large matrix product
+        side = 1024 if device.type == "cpu" else 8192
+        one = torch.randn(side, side, device=device, dtype=dtype)
+        one @ one
+        wait()
+        began = time.perf_counter()
+        for _ in range(5):
+            one @ one
+        wait()
+        peak = 5 * 2 * side**3 / (time.perf_counter() - began)
+        reached = 3 * expected.config.flops() * len(canvas) / seconds   # a backward pass takes twice a forward pass
+        print(f"      {name}: {1e3 * seconds:.1f} ms a step of {len(canvas)}, {len(canvas) / seconds:,.0f} images/s, "
+              f"{reached / 1e12:.3g} of {peak / 1e12:.3g} TFLOP/s ({percent(reached / peak)})")
+
+    print(f"{device_name(device)}, torch {torch.__version__}: "
+          f"{'all right' if all(passed) else f'{passed.count(False)} of {len(passed)} checks FAILED'}")
+    return all(passed)
+
+
+def device_name(device):
+    """What a device is, its driver and the most memory that it has used."""
+    if device.type == "cuda":
+        driver = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        peak = torch.cuda.max_memory_allocated(device) / 2**20
+        return f"{torch.cuda.get_device_name(device)}, {driver}, {peak:,.0f} MiB at most"
+    if device.type == "cpu" and sys.platform == "linux":  # elsewhere the unit is another, or there is no such module
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        return f"CPU {platform.machine()}, {torch.get_num_threads()} threads, {peak:,.0f} MiB at most"
+    return f"{device}"
+
+
 def main(arguments=None):
     given = parse(arguments)
     try:
+        if given.get("smoke"):
+            raise SystemExit(0 if smoke(settle(given, {})) else 1)
         run(given)
     except ValueError as error:         # what was asked for makes no sense
         fail(error, 2)
     except OSError as error:            # it makes sense, but a file or the network does not play along
         fail(error, 1)
+    except (RuntimeError, NotImplementedError) as error:
+        if not given.get("smoke"):
+            raise
+        fail(f"FAIL, this device cannot run it: {str(error).splitlines()[0]}", 1)
     except FloatingPointError as error:
         print()                         # the progress line ends here
         fail(error, 1)
@@ -519,9 +654,7 @@ def run(given):
     options = data.canvas_options(settings.phase, *digits, **canvas_asked)
     if checkpoint and checkpoint["data"] != kind:
         raise ValueError(f"{path} was trained on {checkpoint['data']} digits, these are {kind} ones")
-    config = ViTConfig(image_size=options["size"], num_classes=options["classes"] + data.has_empty_cells(settings.phase),
-                       cell=data.PHASES[settings.phase].cell, **{name: getattr(settings, name) for name in (
-                           "patch_size", "overlap", "dim", "depth", "heads", "mlp_ratio", "positions", "dropout", "drop_path")})
+    config = model_config(settings, options)
     train_options = dict(options)
     if settings.train_digits:  # more digits a canvas than are evaluated teach more a second
         if not data.has_empty_cells(settings.phase):
