@@ -342,12 +342,13 @@ def has_empty_cells(phase):
     return PHASES[phase].max_digits is not None
 
 
-def canvas_options(phase, images, labels, size=None, max_digits=None, min_distance=None, classes=None, ink=None):
+def canvas_options(phase, images, labels, size=None, max_digits=None, min_distance=None, classes=None, ink=None, borders=0.0):
     """The options of `canvases` with their defaults filled in from the phase and the digits, and checked.
 
     size: px, side of the canvas. classes: number of digit classes. Where a phase has empty cells also max_digits,
-    min_distance: px between two digits' centres along x or y, whichever is more, and ink: px, the largest side of a
-    digit's ink box. Raises ValueError for what cannot be drawn.
+    min_distance: px between two digits' centres along x or y, whichever is more, ink: px, the largest side of a digit's
+    ink box, and borders: the share of rows, and of columns, that are moved to within 1 px of the nearest border of a cell,
+    for training. Raises ValueError for what cannot be drawn.
     """
     if phase not in PHASES:
         raise ValueError(f"phase must be one of {', '.join(map(str, PHASES))}, not {phase!r}")
@@ -360,8 +361,8 @@ def canvas_options(phase, images, labels, size=None, max_digits=None, min_distan
         raise ValueError(f"canvas size {size} is not a multiple of phase {phase}'s cell of {spec.cell} px, up to {LARGEST_CANVAS} px")
     classes = int(labels.max()) + 1 if classes is None else classes
     if not has_empty_cells(phase):
-        if max_digits is not None or min_distance is not None:
-            raise ValueError(f"phase {phase} has a digit in every cell: max_digits and min_distance do not apply")
+        if max_digits is not None or min_distance is not None or borders:
+            raise ValueError(f"phase {phase} has a digit in every cell: max_digits, min_distance and borders do not apply")
         return {"size": size, "classes": classes}
     if ink is None:
         _, _, height, width = ink_box(images)
@@ -376,7 +377,9 @@ def canvas_options(phase, images, labels, size=None, max_digits=None, min_distan
     if not 1 <= max_digits <= most:
         raise ValueError(f"max_digits must be from 1 to {most}, which is what surely fits on a canvas of {size} px "
                          f"with centres {min_distance} px apart and ink up to {ink} px wide, not {max_digits}")
-    return {"size": size, "classes": classes, "max_digits": max_digits, "min_distance": min_distance, "ink": ink}
+    if not 0 <= borders <= 1:
+        raise ValueError(f"borders must be from 0 to 1, not {borders}")
+    return {"size": size, "classes": classes, "max_digits": max_digits, "min_distance": min_distance, "ink": ink, "borders": borders}
 
 
 def canvases(phase, images, labels, n, generator, augmentation=None, part=slice(None), **options):
@@ -417,7 +420,7 @@ def in_every_cell(cell, images, labels, rand, randint, augmentation, size, class
     return canvas, digit_labels.unflatten(1, (grid, grid))
 
 
-def scattered(cell, images, labels, rand, randint, augmentation, size, classes, max_digits, min_distance, ink):
+def scattered(cell, images, labels, rand, randint, augmentation, size, classes, max_digits, min_distance, ink, borders):
     """0 to max_digits digits anywhere; the cell that holds the centre of a digit's ink box has its label."""
     device, grid = images.device, size // cell
     digits, digit_labels = pick(images, labels, max_digits, rand, randint, augmentation, side=ink)
@@ -426,7 +429,7 @@ def scattered(cell, images, labels, rand, randint, augmentation, size, classes, 
     present = torch.arange(max_digits, device=device) < count                              # (n, max_digits)
     top, left, height, width = (edge.view(n, max_digits) for edge in ink_box(digits.flatten(0, 1)))
     box = torch.stack((height, width), dim=-1)                                             # (n, max_digits, 2)
-    centre = place(box, present, size, min_distance, ink, rand)                            # the same, in half px
+    centre = place(box, present, size, min_distance, ink, rand, cell, borders)                            # the same, in half px
     corner = (centre - box) // 2 - torch.stack((top, left), dim=-1)                        # px, of the frame
     digits = digits * present[..., None, None]
     canvas = torch.cat([paste(*some, size) for some in zip(digits.split(500), corner.split(500))])  # indices take memory
@@ -449,19 +452,29 @@ def most_digits(options):
     return min(lattice_lines(options["size"], options["ink"], options["min_distance"]) ** 2, MOST_DIGITS)
 
 
-def place(box, present, size, min_distance, ink, rand, sweeps=3, tries=32):
+def place(box, present, size, min_distance, ink, rand, cell=1, borders=0.0, sweeps=3, tries=32):
     """Centres (n, k, 2) for ink boxes (n, k, 2), in half px, uniform over all layouts that keep min_distance.
 
     Placing digits one after the other gets stuck: at five on 64 px about half the time. So every canvas starts from a
     jittered lattice, which always fits, and then each digit in turn moves to a new place, uniform among those that the
     others leave free (Gibbs sampling, whose limit is the uniform distribution; three sweeps come close: where five
     digits lie differs from it by 2% in total variation). A digit that finds no free place in `tries` draws stays where
-    it is, which changes nothing about that.
+    it is, which changes nothing about that. A share `borders` of the places tried are moved beside the border of a cell
+    along y, and as many along x: there, half a px decides which cell a digit belongs to, and most mistakes are made.
     """
     k, apart, lines = box.shape[1], 2 * min_distance, lattice_lines(size, ink, min_distance)
 
     def below(limit, *shape):  # whole numbers from 0 to limit - 1
         return (rand(*shape) * limit).int()
+
+    def anywhere(side):        # centres of boxes of such sides: (n, k, 1) -> (n, k, tries)
+        centre = side + 2 * below(size - side + 1, k, tries)
+        if borders:
+            border = (centre + cell) // (2 * cell) * 2 * cell
+            beside = border - 2 + centre % 2 + 2 * below(2, k, tries)       # 1 or half a px before it, or on or half a px past it
+            moved = (rand(k, tries) < borders) & (beside >= side) & (beside <= 2 * size - side)
+            centre = torch.where(moved, beside, centre)
+        return centre
 
     slack = 2 * (size - ink) - (lines - 1) * (apart + 1)
     site = rand(lines * lines).argsort(dim=1, stable=True)[:, :k]
@@ -474,8 +487,7 @@ def place(box, present, size, min_distance, ink, rand, sweeps=3, tries=32):
     row, column = row - (row - height) % 2, column - (column - width) % 2   # an even box has its centre on whole px
     absent = ~present[:, :, None]
     for _ in range(sweeps):
-        new_row = height[:, :, None] + 2 * below(size - height[:, :, None] + 1, k, tries)
-        new_column = width[:, :, None] + 2 * below(size - width[:, :, None] + 1, k, tries)   # (n, k, tries)
+        new_row, new_column = anywhere(height[:, :, None]), anywhere(width[:, :, None])
         for i in range(k):
             clear = ((new_row[:, i, None] - row[:, :, None]).abs() >= apart) | \
                     ((new_column[:, i, None] - column[:, :, None]).abs() >= apart) | absent   # (n, k, tries)

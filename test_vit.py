@@ -408,7 +408,7 @@ def plates(n=200):
 
 
 @pytest.mark.parametrize("options", [{}, dict(size=96, max_digits=9), dict(size=128, max_digits=36), dict(max_digits=9),
-                                     dict(size=80, max_digits=12, min_distance=10)])
+                                     dict(size=80, max_digits=12, min_distance=10), dict(max_digits=9, borders=0.7)])
 def test_scattered_labels_are_what_the_pixels_say(options):
     images, labels, sides = plates()
     canvas, cells = data.canvases(3, images, labels, 300, seeded(), **options)
@@ -435,6 +435,16 @@ def test_scattered_labels_are_what_the_pixels_say(options):
             for i, (row, column) in enumerate(centres):
                 assert all(max(abs(row - r), abs(column - c)) >= distance for r, c in centres[:i])
     assert looked_at > 60
+
+
+def test_borders_bring_that_share_of_centres_beside_the_border_of_a_cell():
+    n, size = 4000, 96
+    box = torch.randint(1, 21, (n, 1, 2), generator=seeded())
+    for share, least, most in ((0.0, 0.22, 0.28), (0.5, 0.58, 0.65), (1.0, 0.94, 1.0)):  # without: 4 of 16 half px
+        centre = data.place(box, torch.ones(n, 1, dtype=torch.bool), size, 20, 20, randoms(n), 8, share)
+        assert ((centre - box) % 2 == 0).all() and (centre >= box).all() and (centre <= 2 * size - box).all()
+        beside = torch.isin(centre % 16, torch.tensor([14, 15, 0, 1])).float().mean()
+        assert least < beside < most, (share, beside)
 
 
 @pytest.mark.parametrize("max_digits", [5, 9])
@@ -514,6 +524,8 @@ def checksum(canvas, cells):
     (3, dict(max_digits=0), "max_digits must be from 1 to 9"),
     (3, dict(min_distance=7), "min_distance 7 is below the cell"),
     (3, dict(size=16), "what surely fits on a canvas of 16 px"),
+    (3, dict(borders=1.5), "borders must be from 0 to 1"),
+    (2, dict(borders=0.5), "a digit in every cell"),
     (2, dict(max_digits=3), "a digit in every cell")])
 def test_canvases_refuse(phase, options, words):
     with pytest.raises(ValueError, match=words):
@@ -1403,7 +1415,7 @@ def test_errors_are_one_clear_line(flags, words, code, capsys):
 
 
 @pytest.mark.parametrize("flags,words", [(["--dim=30"], "dim 30 is not a multiple of heads"), (["--canvas_size=60"], "multiple of phase 3's cell"),
-                                         (["--max_digits=20"], "max_digits must be from 1 to 9"), (["--val_digits=5000"], "leaves none of 1500"), (["--phase=2", "--train_digits=5"], "--train_digits does not apply")])
+                                         (["--max_digits=20"], "max_digits must be from 1 to 9"), (["--val_digits=5000"], "leaves none of 1500"), (["--phase=2", "--train_digits=5"], "--train_digits and --borders do not apply")])
 def test_settings_that_do_not_go_together(few_digits, tmp_path, flags, words, capsys):
     with pytest.raises(SystemExit) as stopped:
         train.main([*few_digits, "--heads=4", "--phase=3", *flags])
