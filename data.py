@@ -429,7 +429,7 @@ def scattered(cell, images, labels, rand, randint, augmentation, size, classes, 
     present = torch.arange(max_digits, device=device) < count                              # (n, max_digits)
     top, left, height, width = (edge.view(n, max_digits) for edge in ink_box(digits.flatten(0, 1)))
     box = torch.stack((height, width), dim=-1)                                             # (n, max_digits, 2)
-    centre = place(box, present, size, min_distance, ink, rand, cell, borders)                            # the same, in half px
+    centre = place(box, present, size, min_distance, ink, rand, cell, borders)       # the same, in half px
     corner = (centre - box) // 2 - torch.stack((top, left), dim=-1)                        # px, of the frame
     digits = digits * present[..., None, None]
     canvas = torch.cat([paste(*some, size) for some in zip(digits.split(500), corner.split(500))])  # indices take memory

@@ -1,4 +1,5 @@
 """The tests: python -m pytest -q. With MNIST_DIR=folder of the MNIST files they also train on real digits."""
+import contextlib
 import copy
 import gzip
 import hashlib
@@ -17,6 +18,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import types
 import zlib
 from pathlib import Path
 
@@ -1120,14 +1122,14 @@ def test_a_stopped_run_saves_and_resumes_exactly(few_digits, tmp_path, phase, st
     flags = [*few_digits, f"--phase={phase}", "--max_steps=12", "--eval_every=6", "--dropout=0.1"]
     train.main(flags)
     (tmp_path / "out").rename(tmp_path / "undisturbed")
-    stream = train.random_stream
+    seed_of = train.seed_of
     for stop in stops:
-        def stop_here(device, seed, step, *purpose):
+        def stop_here(seed, step, *purpose):
             if step == stop - 1 and purpose == ("canvases",):
                 os.kill(os.getpid(), number)
-            return stream(device, seed, step, *purpose)
+            return seed_of(seed, step, *purpose)
         with monkeypatch.context() as patch:
-            patch.setattr(train, "random_stream", stop_here)
+            patch.setattr(train, "seed_of", stop_here)
             with pytest.raises(SystemExit) as stopped:
                 train.main([*flags, "--resume"])
         assert stopped.value.code == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
@@ -1217,6 +1219,68 @@ def test_a_fresh_run_keeps_the_old_one_beside(few_digits, tmp_path, capsys):
     train.main([*few_digits, "--phase=1", "--max_steps=2", "--seed=2"])
     assert all((tmp_path / "out" / (name + ".prev")).read_bytes() == content for name, content in old.items())
     assert "kept as" in capsys.readouterr().out
+
+
+class PretendedGraph:
+    """What capture needs of a CUDA graph, where there is no such device: a replay takes the step that was captured."""
+
+    def __init__(self):
+        self.generators, self.steps = [], []
+
+    def register_generator_state(self, generator):
+        self.generators.append(generator)
+
+    def replay(self):
+        self.steps[0]()
+
+
+def pretend_cuda(monkeypatch, broken=None):
+    """Let `train.capture` take a CPU for a CUDA device, whose graphs it returns. broken: why none can be captured."""
+    graphs, real = [], train.capture
+
+    @contextlib.contextmanager
+    def graph(captured):
+        if broken:
+            raise RuntimeError(broken)
+        graphs.append(captured)
+        yield
+
+    def capture(step, generator, processes, *counters):
+        def watched():
+            step()
+            if graphs:
+                graphs[0].steps.append(step)
+        generator = types.SimpleNamespace(device=torch.device("cuda"), real=generator)
+        return real(watched, generator, processes, *counters)
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in (("Stream", lambda: stream), ("current_stream", lambda: stream), ("stream", contextlib.nullcontext),
+                        ("CUDAGraph", PretendedGraph), ("graph", graph)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(train, "capture", capture)
+    return graphs
+
+
+@pytest.mark.parametrize("broken", [None, "operation not permitted\nwhen stream is capturing"])
+def test_a_captured_step_is_the_same_run(few_digits, tmp_path, monkeypatch, capsys, broken):
+    """Steps that only warm up and are captured change nothing, whether capturing works out or not."""
+    flags = [*few_digits, "--phase=3", "--max_steps=6", "--log_every=2", "--dropout=0.1", "--drop_path=0.1"]
+    train.main(flags)
+    assert "CUDA graph" not in capsys.readouterr().out              # a CPU has none and says nothing of it
+    (tmp_path / "out").rename(tmp_path / "undisturbed")
+    graphs = pretend_cuda(monkeypatch, broken)
+    train.main(flags)
+    line = "no CUDA graph of the training step, so each kernel is launched by itself: operation not permitted when stream"
+    assert (line in capsys.readouterr().out) == bool(broken)
+    if not broken:
+        assert len(graphs[0].generators) == 1 and len(graphs[0].steps) == 1   # it was captured once; the rest are replays
+    assert_same_run(tmp_path / "out", tmp_path / "undisturbed")
+
+
+def test_several_processes_capture_nothing(capsys):
+    step, counter = (lambda: counter.add_(1)), torch.zeros(1)
+    assert train.capture(step, types.SimpleNamespace(device=torch.device("cuda")), 2, counter) is step
+    assert counter == 0 and "by itself: several processes train" in capsys.readouterr().out
 
 
 def test_epochs_are_60_000_canvases(few_digits, tmp_path):

@@ -53,7 +53,7 @@ class Settings:
     val_digits: int = 0                     # hold so many training digits back and evaluate on them, not on the test set
     device: str = "auto"                    # cuda, mps, xpu, cpu, or auto: the accelerator if there is one
     dtype: str = "auto"                     # float32, bfloat16 (autocast), or auto: bfloat16 where the hardware has it
-    compile: bool = False                   # torch.compile the model
+    compile: bool = False                   # torch.compile the model, which takes up to half a minute before training
     seed: int = 0                           # of every random draw
     # How the run is laid out
     epochs: Optional[float] = None          # length of the run in epochs of 60,000 canvases, in place of max_steps
@@ -394,10 +394,39 @@ def load_checkpoint(path, phase):
     return checkpoint
 
 
-def random_stream(device, *key):
-    """A generator whose draws depend on nothing but the key."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+def seed_of(*key):
+    """A seed that depends on nothing but the key."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def capture(step, generator, processes, *counters):
+    """On a CUDA device, a graph of `step` to call in its place: hundreds of kernels are launched as one, and draw from the
+    generators as these are then seeded. Elsewhere, for several processes and where it fails, `step` itself.
+
+    Trying it takes steps at learning rate 0, which change nothing but the counters. Those are put back.
+    """
+    if generator.device.type != "cuda":
+        return step
+    before, replay = [counter.clone() for counter in counters], step
+    try:
+        if processes > 1:
+            raise RuntimeError("several processes train")
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # libraries set themselves up, which cannot be captured
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(generator)
+        with torch.cuda.graph(graph):
+            step()
+        replay = graph.replay
+    except (RuntimeError, AttributeError) as error:
+        print(f"no CUDA graph of the training step, so each kernel is launched by itself: {' '.join(str(error).split())[:200]}")
+    for counter, value in zip(counters, before):
+        counter.copy_(value)
+    return replay
 
 
 def cut_back(path, step):
@@ -517,7 +546,7 @@ def smoke(settings):
 
     digits = data.drawn_digits(500, seed=settings.seed)
     options = data.canvas_options(settings.phase, *digits, settings.canvas_size, settings.max_digits, settings.min_distance)
-    canvas, cells = data.canvases(settings.phase, *digits, 32, random_stream("cpu", settings.seed, "smoke"), **options)
+    canvas, cells = data.canvases(settings.phase, *digits, 32, torch.Generator().manual_seed(settings.seed), **options)
     torch.manual_seed(settings.seed)
     expected = ViT(model_config(settings, options)).double()
     right = expected(data.to_input(canvas).double())
@@ -730,45 +759,55 @@ def run(given):
     if settings.compile:  # now, so that the clock of the training does not count it
         blank = torch.zeros(part.stop - part.start, options["size"], options["size"], dtype=torch.uint8, device=device)
         predict(forward, blank, device, dtype).sum().backward()
+
+    # A step is on the device as a whole and waits for nothing: what changes from one to the next is in the generators and
+    # in `dials`, which are six rates and the wish to stop.
+    model.train()
+    generator = torch.Generator(device)
+    dials, norm = torch.zeros(7, device=device), torch.zeros((), device=device)
+
+    def take_step():
+        # Draw, forward, backward: this process's part of the batch
+        canvas, cells = data.canvases(settings.phase, images, labels, settings.batch_size, generator, augmentation, part,
+                                      **train_options)
+        logits = predict(forward, canvas, device, dtype)
+        # Most cells of phase 3 are empty, and all count alike: empty ones weighted 0.2 found more digits (91.1% against
+        # 83.7%, after 400 steps of 128) but saw so many where there are none that exact canvases fell from 62.0% to
+        # 51.2%. Canvases with more digits (train_digits) are the cure: 65.9%.
+        loss = F.cross_entropy(logits.flatten(0, 2), cells.flatten(), reduction="sum")
+        loss = loss / (settings.batch_size * cells[0].numel())
+        reduced.zero_()
+        loss.backward()
+        digit = cells < options["classes"]
+        right = digit & (logits.argmax(-1) == cells)
+        notes.copy_(torch.stack((loss.detach(), digit.sum(), right.sum(), dials[6])))
+        reduce(reduced)
+
+        # Clip, AdamW, average. A step that is not finite changes nothing
+        norm.copy_(gradients.norm())
+        finite = (norm + notes[0]).isfinite()
+        if settings.grad_clip:
+            gradients.mul_((settings.grad_clip / (norm + 1e-6)).clamp(max=1))
+        gradients.masked_fill_(~finite, 0)
+        rates = dials[:6] * finite
+        adamw(weights, gradients, mean, square, matrices, rates[:5])
+        average.lerp_(weights, rates[5])
+        sums.add_(notes[:3])
+        alarms.add_(torch.stack((~finite, notes[3])))
+
+    advance = capture(take_step, generator, processes, sums, alarms)
     first, spent, mark = step, 0.0, time.perf_counter()
     shown = saved = mark
     with open(log_path if rank == 0 else os.devnull, "a") as log, signals_noted() as noted:
         while step < settings.max_steps:
-            # Draw, forward, backward: this process's part of the batch
-            generator = random_stream(device, settings.seed, step, "canvases")
-            canvas, cells = data.canvases(settings.phase, images, labels, settings.batch_size, generator, augmentation, part,
-                                           **train_options)
-            torch.manual_seed(random_stream("cpu", settings.seed, step, "dropout", rank).initial_seed())
-            model.train()
-            logits = predict(forward, canvas, device, dtype)
-            # Most cells of phase 3 are empty, and all count alike: empty ones weighted 0.2 found more digits (91.1% against
-            # 83.7%, after 400 steps of 128) but saw so many where there are none that exact canvases fell from 62.0% to
-            # 51.2%. Canvases with more digits (train_digits) are the cure: 65.9%.
-            loss = F.cross_entropy(logits.flatten(0, 2), cells.flatten(), reduction="sum")
-            loss = loss / (settings.batch_size * cells[0].numel())
-            reduced.zero_()
-            loss.backward()
-            digit = cells < options["classes"]
-            right = digit & (logits.argmax(-1) == cells)
-            wish = torch.full((), len(noted), device=device)
-            notes.copy_(torch.stack((loss.detach(), digit.sum(), right.sum(), wish)))
-            reduce(reduced)
-
-            # Clip, AdamW, average. A step that is not finite changes nothing
-            norm = gradients.norm()
-            finite = (norm + notes[0]).isfinite()
-            if settings.grad_clip:
-                gradients.mul_((settings.grad_clip / (norm + 1e-6)).clamp(max=1))
-            gradients.masked_fill_(~finite, 0)
+            generator.manual_seed(seed_of(settings.seed, step, "canvases"))
+            torch.manual_seed(seed_of(settings.seed, step, "dropout", rank))
             lr = learning_rate(step, settings)
             step += 1
             rates = adamw_rates(step, lr, settings.weight_decay, settings.beta1, settings.beta2)
-            rates.append(1 - min(settings.average, step / (step + 10)))  # early on, a shorter average
-            rates = torch.tensor(rates).to(device, non_blocking=True) * finite
-            adamw(weights, gradients, mean, square, matrices, rates[:5])
-            average.lerp_(weights, rates[5])
-            sums += notes[:3]
-            alarms += torch.stack((~finite, notes[3]))
+            rates.append(1 - min(settings.average, step / (step + 10)))        # early on, a shorter average
+            dials.copy_(torch.tensor([*rates, len(noted)]), non_blocking=True)
+            advance()
 
             # Log, evaluate, save
             final = step == settings.max_steps
