@@ -342,13 +342,15 @@ def has_empty_cells(phase):
     return PHASES[phase].max_digits is not None
 
 
-def canvas_options(phase, images, labels, size=None, max_digits=None, min_distance=None, classes=None, ink=None, borders=0.0):
+def canvas_options(phase, images, labels, size=None, max_digits=None, min_distance=None, classes=None, ink=None, crowded=0.0,
+                   borders=0.0):
     """The options of `canvases` with their defaults filled in from the phase and the digits, and checked.
 
     size: px, side of the canvas. classes: number of digit classes. Where a phase has empty cells also max_digits,
     min_distance: px between two digits' centres along x or y, whichever is more, ink: px, the largest side of a digit's
-    ink box, and borders: the share of rows, and of columns, that are moved to within 1 px of the nearest border of a cell,
-    for training. Raises ValueError for what cannot be drawn.
+    ink box, and, for training, crowded: the share of canvases that hold max_digits digits whatever their number would be,
+    and borders: the share of rows, and of columns, that are moved to within 1 px of the nearest border of a cell.
+    Raises ValueError for what cannot be drawn.
     """
     if phase not in PHASES:
         raise ValueError(f"phase must be one of {', '.join(map(str, PHASES))}, not {phase!r}")
@@ -361,8 +363,8 @@ def canvas_options(phase, images, labels, size=None, max_digits=None, min_distan
         raise ValueError(f"canvas size {size} is not a multiple of phase {phase}'s cell of {spec.cell} px, up to {LARGEST_CANVAS} px")
     classes = int(labels.max()) + 1 if classes is None else classes
     if not has_empty_cells(phase):
-        if max_digits is not None or min_distance is not None or borders:
-            raise ValueError(f"phase {phase} has a digit in every cell: max_digits, min_distance and borders do not apply")
+        if max_digits is not None or min_distance is not None or crowded or borders:
+            raise ValueError(f"phase {phase} has a digit in every cell: max_digits, min_distance, crowded and borders do not apply")
         return {"size": size, "classes": classes}
     if ink is None:
         _, _, height, width = ink_box(images)
@@ -377,9 +379,11 @@ def canvas_options(phase, images, labels, size=None, max_digits=None, min_distan
     if not 1 <= max_digits <= most:
         raise ValueError(f"max_digits must be from 1 to {most}, which is what surely fits on a canvas of {size} px "
                          f"with centres {min_distance} px apart and ink up to {ink} px wide, not {max_digits}")
-    if not 0 <= borders <= 1:
-        raise ValueError(f"borders must be from 0 to 1, not {borders}")
-    return {"size": size, "classes": classes, "max_digits": max_digits, "min_distance": min_distance, "ink": ink, "borders": borders}
+    for name, share in (("crowded", crowded), ("borders", borders)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} must be from 0 to 1, not {share}")
+    return {"size": size, "classes": classes, "max_digits": max_digits, "min_distance": min_distance, "ink": ink,
+            "crowded": crowded, "borders": borders}
 
 
 def canvases(phase, images, labels, n, generator, augmentation=None, part=slice(None), **options):
@@ -420,12 +424,15 @@ def in_every_cell(cell, images, labels, rand, randint, augmentation, size, class
     return canvas, digit_labels.unflatten(1, (grid, grid))
 
 
-def scattered(cell, images, labels, rand, randint, augmentation, size, classes, max_digits, min_distance, ink, borders):
+def scattered(cell, images, labels, rand, randint, augmentation, size, classes, max_digits, min_distance, ink, crowded,
+              borders):
     """0 to max_digits digits anywhere; the cell that holds the centre of a digit's ink box has its label."""
     device, grid = images.device, size // cell
     digits, digit_labels = pick(images, labels, max_digits, rand, randint, augmentation, side=ink)
     n = len(digits)
-    count = randint(max_digits + 1, 1)
+    count = randint(max_digits + 1, 1)                                                     # (n, 1)
+    if crowded:
+        count = torch.where(rand(1) < crowded, max_digits, count)
     present = torch.arange(max_digits, device=device) < count                              # (n, max_digits)
     top, left, height, width = (edge.view(n, max_digits) for edge in ink_box(digits.flatten(0, 1)))
     box = torch.stack((height, width), dim=-1)                                             # (n, max_digits, 2)

@@ -449,12 +449,13 @@ def test_borders_bring_that_share_of_centres_beside_the_border_of_a_cell():
         assert least < beside < most, (share, beside)
 
 
-@pytest.mark.parametrize("max_digits", [5, 9])
-def test_counts_are_uniform(max_digits):
+@pytest.mark.parametrize("max_digits,crowded", [(5, 0.0), (9, 0.0), (9, 0.5)])
+def test_counts_are_uniform_but_on_crowded_canvases(max_digits, crowded):
     images, labels, _ = plates()
-    _, cells = data.canvases(3, images, labels, 6000, seeded(), max_digits=max_digits)
+    _, cells = data.canvases(3, images, labels, 6000, seeded(), max_digits=max_digits, crowded=crowded)
     counts = (cells != 10).flatten(1).sum(1).bincount(minlength=max_digits + 1)
-    expected = 6000 / (max_digits + 1)
+    expected = torch.full((max_digits + 1,), 6000 * (1 - crowded) / (max_digits + 1))
+    expected[max_digits] += 6000 * crowded
     assert len(counts) == max_digits + 1
     assert ((counts - expected) ** 2 / expected).sum() < 30  # chi-square: 1e-3 at 9 degrees of freedom is 27.9
     digits = cells[cells != 10].bincount(minlength=10)
@@ -527,7 +528,9 @@ def checksum(canvas, cells):
     (3, dict(min_distance=7), "min_distance 7 is below the cell"),
     (3, dict(size=16), "what surely fits on a canvas of 16 px"),
     (3, dict(borders=1.5), "borders must be from 0 to 1"),
+    (3, dict(crowded=-0.1), "crowded must be from 0 to 1"),
     (2, dict(borders=0.5), "a digit in every cell"),
+    (1, dict(crowded=0.5), "a digit in every cell"),
     (2, dict(max_digits=3), "a digit in every cell")])
 def test_canvases_refuse(phase, options, words):
     with pytest.raises(ValueError, match=words):
@@ -1479,7 +1482,7 @@ def test_errors_are_one_clear_line(flags, words, code, capsys):
 
 
 @pytest.mark.parametrize("flags,words", [(["--dim=30"], "dim 30 is not a multiple of heads"), (["--canvas_size=60"], "multiple of phase 3's cell"),
-                                         (["--max_digits=20"], "max_digits must be from 1 to 9"), (["--val_digits=5000"], "leaves none of 1500"), (["--phase=2", "--train_digits=5"], "--train_digits and --borders do not apply")])
+                                         (["--max_digits=20"], "max_digits must be from 1 to 9"), (["--val_digits=5000"], "leaves none of 1500"), (["--phase=2", "--train_digits=5"], "--train_digits, --crowded and --borders do not apply")])
 def test_settings_that_do_not_go_together(few_digits, tmp_path, flags, words, capsys):
     with pytest.raises(SystemExit) as stopped:
         train.main([*few_digits, "--heads=4", "--phase=3", *flags])

@@ -86,6 +86,7 @@ class Settings:
     max_digits: Optional[int] = None        # phase 3: most digits on a canvas (default: 5)
     min_distance: Optional[int] = None      # px, phase 3: between digits' centres (default: so that ink never overlaps)
     train_digits: Optional[int] = None      # phase 3: most digits on a training canvas, as far as they surely fit
+    crowded: Optional[float] = None         # phase 3: share of training canvases that hold as many digits as they may
     borders: Optional[float] = None         # phase 3: share of training digits that are moved beside the border of a cell
     rotate: Optional[float] = None          # degrees, most that a training digit is turned
     scale: Optional[float] = None           # share, most that it is scaled up or down
@@ -111,8 +112,8 @@ DEFAULTS = {
 LIMITS = {  # lowest and highest sensible values; ViTConfig and data.canvas_options check what is theirs
     "epochs": (1e-9, 1e9), "max_steps": (1, 1e12), "batch_size": (1, 65_536), "log_every": (1, 1e12), "eval_every": (0, 1e12),
     "save_every": (0, 1e12), "seed": (0, 1e18), "val_digits": (0, 1e12), "lr": (0, 1e12), "warmup": (0, 1), "weight_decay": (0, 1e12),
-    "beta1": (0, 0.999999), "beta2": (0, 0.999999), "grad_clip": (0, 1e12), "average": (0, 1), "train_digits": (0, 1e6), "borders": (0, 1),
-    "rotate": (0, 180), "scale": (0, 0.9), "shear": (0, 2), "shift": (0, 14), "elastic": (0, 14),
+    "beta1": (0, 0.999999), "beta2": (0, 0.999999), "grad_clip": (0, 1e12), "average": (0, 1), "train_digits": (0, 1e6),
+    "crowded": (0, 1), "borders": (0, 1), "rotate": (0, 180), "scale": (0, 0.9), "shear": (0, 2), "shift": (0, 14), "elastic": (0, 14),
 }
 
 
@@ -250,9 +251,12 @@ def pick_device(name):
 def pick_dtype(name, device):
     if name != "auto":
         return getattr(torch, name)
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    return torch.float32
+    has = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+           "cpu": lambda: torch.cpu.get_capabilities().get("avx512_bf16", False)}
+    try:
+        return torch.bfloat16 if has.get(device.type, bool)() else torch.float32
+    except AttributeError:              # an older torch does not tell: it takes what works anywhere
+        return torch.float32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -686,12 +690,12 @@ def run(given):
         raise ValueError(f"{path} was trained on {checkpoint['data']} digits, these are {kind} ones")
     config = model_config(settings, options)
     train_options = dict(options)
-    if (settings.train_digits or settings.borders) and not data.has_empty_cells(settings.phase):
-        raise ValueError(f"phase {settings.phase} has a digit in every cell: --train_digits and --borders do not apply")
+    if (settings.train_digits or settings.crowded or settings.borders) and not data.has_empty_cells(settings.phase):
+        raise ValueError(f"phase {settings.phase} has a digit in every cell: --train_digits, --crowded and --borders do not apply")
     if settings.train_digits:  # more digits a canvas than are evaluated teach more a second
         train_options["max_digits"] = max(options["max_digits"], min(settings.train_digits, data.most_digits(options)))
-    if settings.borders:       # and so do harder ones
-        train_options["borders"] = settings.borders
+    for name in ("crowded", "borders"):  # and so do harder ones
+        train_options[name] = getattr(settings, name) or 0.0
     free = ("image_size", "dropout", "drop_path") if settings.eval_only else ()
     changed = [name for name, value in asdict(config).items()
                if checkpoint and name not in free and checkpoint["config"].get(name) != value]
