@@ -299,24 +299,25 @@ def augment(images, rand, rotate=0.0, scale=0.0, shear=0.0, shift=0.0, elastic=0
     shrink = ((side - 1) / (high - low).amax(1)).clamp(max=1)[:, None]
     matrix, low, high = matrix * shrink[:, None], low * shrink, high * shrink
     move = torch.minimum(torch.maximum(uniform(shift, 2), -middle - low), middle - high)
-    # grid_sample asks the other way about: where in the source each pixel drawn comes from, in half frames.
+    # grid_sample asks the other way about: where in the source each pixel drawn comes from, in half frames. That is linear
+    # in all that is random, so it is one matrix product.
     (a, b), (c, d) = (row.unbind(-1) for row in matrix.unbind(1))               # by hand: linalg.inv waits for a GPU
-    inverse = torch.stack((d, -b, -c, a), dim=-1) / (a * d - b * c)[:, None] / (FRAME / 2)
-    inverse = inverse.view(n, 2, 2, 1, 1)
-    x, y = (y - move[:, :1])[:, None, :], (y - move[:, 1:])[:, :, None]         # (n, 1, 28), (n, 28, 1)
-    grid = torch.stack([inverse[:, i, 0] * x + inverse[:, i, 1] * y for i in (0, 1)], dim=-1)
+    inverse = (torch.stack((d, -b, -c, a), dim=-1) / (a * d - b * c)[:, None] / (FRAME / 2)).view(n, 2, 2)
+    weights = [inverse, -inverse @ move[:, :, None]]
+    basis = [y.repeat(FRAME, 1), y[:, None].repeat(1, FRAME), torch.ones(FRAME, FRAME, device=device)]
     if elastic:
         points = torch.eye(5, device=device)[None, :, :, None]                  # bicubic between 5 x 5 random points:
         smooth = F.interpolate(points, (FRAME, 1), mode="bicubic")[0, :, :, 0]  # (5, 28), the weights along each axis
-        bend = smooth.T @ uniform(elastic / (FRAME / 2), 2, 5, 5) @ smooth      # (n, 2, 28, 28)
-        grid += bend.permute(0, 2, 3, 1)
+        basis.extend((smooth[:, None, :, None] * smooth[None, :, None]).flatten(0, 1))
+        weights.append(uniform(elastic / (FRAME / 2), 2, 25))
+    grid = torch.cat(weights, dim=2) @ torch.stack(basis).flatten(1)            # (n, 2, 28 * 28)
+    grid = grid.unflatten(2, (FRAME, FRAME)).permute(0, 2, 3, 1)
     # Interpolation leaves a faint fringe: 197 px of a digit would have ink, on average, and not 150 as in MNIST. So there is
     # ink only where most of what a px comes from is ink.
-    source = torch.stack((images, 255 * (images > 0)), dim=1).float()           # (n, 2, 28, 28)
+    source = torch.stack((images, images.clamp(max=1)), dim=1).float()          # (n, 2, 28, 28)
     drawn, inked = F.grid_sample(source, grid, align_corners=False).unbind(1)
-    drawn *= inked > 127
-    middle = (low + high)[:, :, None] / 2
-    drawn *= ((x - middle[:, :1]).abs() < side / 2) & ((y - middle[:, 1:]).abs() < side / 2)
+    within_x, within_y = ((y - centre[:, None]).abs() < side / 2 for centre in ((low + high) / 2 + move).unbind(1))
+    drawn *= (inked > 0.5) & within_x[:, None] & within_y[:, :, None]
     drawn = drawn.round().byte()
     return torch.where(drawn.amax((1, 2), keepdim=True) > 0, drawn, images)     # what faded away altogether: as it was
 
@@ -490,21 +491,22 @@ def place(box, present, size, min_distance, ink, rand, cell=1, borders=0.0, swee
     column_jitter = below(slack + 1, lines, lines).sort(2).values           # (n, lines, lines): its own in every row
     row = ink + row * (apart + 1) + row_jitter.gather(1, row)
     column = ink + column * (apart + 1) + column_jitter.flatten(1).gather(1, site)
-    height, width = box.unbind(-1)
+    height, width = box.int().unbind(-1)                                    # faster than int64
     row, column = row - (row - height) % 2, column - (column - width) % 2   # an even box has its centre on whole px
-    absent = ~present[:, :, None]
+    # A digit that is not there lies far off, where it is in nobody's way, and stays there: all its tries are on one spot
+    absent, far_off = ~present[:, None], -2 * size - apart
+    centre = torch.stack((row, column), dim=1).masked_fill_(absent, far_off).int()            # (n, 2, k)
     for _ in range(sweeps):
-        new_row, new_column = anywhere(height[:, :, None]), anywhere(width[:, :, None])
+        new = torch.stack((anywhere(height[:, :, None]), anywhere(width[:, :, None])), dim=1)
+        new.masked_fill_(absent[..., None], far_off)                                          # (n, 2, k, tries)
         for i in range(k):
-            clear = ((new_row[:, i, None] - row[:, :, None]).abs() >= apart) | \
-                    ((new_column[:, i, None] - column[:, :, None]).abs() >= apart) | absent   # (n, k, tries)
-            clear[:, i] = True                                              # of itself
-            free = clear.all(1)
+            gap = torch.maximum(*(new[:, :, i, None] - centre[..., None]).abs_().unbind(1))   # (n, k, tries)
+            gap[:, i] = apart                                                                 # to itself
+            free = gap.amin(1) >= apart
             first = free.byte().argmax(1, keepdim=True)                     # 0 where none is free: then it stays
-            moves = free.gather(1, first)[:, 0]
-            row[:, i] = torch.where(moves, new_row[:, i].gather(1, first)[:, 0], row[:, i])
-            column[:, i] = torch.where(moves, new_column[:, i].gather(1, first)[:, 0], column[:, i])
-    return torch.stack((row, column), dim=-1)
+            moved = new[:, :, i].gather(2, first[:, None].expand(-1, 2, 1))                   # (n, 2, 1)
+            centre[:, :, i:i + 1] = torch.where(free.gather(1, first)[:, None], moved, centre[:, :, i:i + 1])
+    return centre.masked_fill_(absent, ink).mT.long()
 
 
 def paste(digits, corner, size):

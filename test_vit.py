@@ -940,8 +940,16 @@ def test_learning_rate_rises_then_falls_to_zero():
 def test_device_and_dtype(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert train.pick_device("auto") == torch.device("cpu") and train.pick_device("cpu") == torch.device("cpu")
-    assert train.pick_dtype("auto", torch.device("cpu")) == train.pick_dtype("auto", torch.device("mps")) == torch.float32
-    assert train.pick_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+    assert train.pick_dtype("auto", torch.device("mps")) == torch.float32
+    assert train.pick_dtype("bfloat16", torch.device("mps")) == torch.bfloat16
+    for real in (True, False):  # many CPUs compute in bfloat16, but more slowly than in float32
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": real})
+        assert train.pick_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if real else torch.float32)
+        assert train.pick_dtype("float32", torch.device("cpu")) == torch.float32
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"sve": True})
+    assert train.pick_dtype("auto", torch.device("cpu")) == torch.float32
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert train.pick_dtype("auto", torch.device("cpu")) == torch.float32
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
     assert train.pick_device("auto").type == "mps"
@@ -952,7 +960,7 @@ def test_device_and_dtype(monkeypatch):
         train.pick_device("nonsense")
 
 
-SMALL = ["--smoke", "--device=cpu", "--dim=16", "--depth=1", "--heads=1"]
+SMALL = ["--smoke", "--device=cpu", "--dtype=float32", "--dim=16", "--depth=1", "--heads=1"]
 
 
 @pytest.mark.parametrize("flags", [["--phase=1"], ["--phase=2", "--dtype=bfloat16"], ["--phase=3"]])
@@ -970,10 +978,9 @@ def test_smoke_passes_and_leaves_nothing(flags, tmp_path, monkeypatch, capsys):
     (lambda out: out * 1.01, {"logits", "gradients"}),
     (lambda out: out * float("nan"), {"logits", "gradients", "AdamW", "training", "finite"})])
 def test_smoke_notices_a_faulty_device(fault, failing, monkeypatch, capsys):
-    """Attention in float32 is wrong, as a kernel of a device would be; that of the reference is not."""
-    attention = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *rest, **more:
-                        attention(q, *rest, **more) if q.dtype == torch.float64 else fault(attention(q, *rest, **more)))
+    """GELU in float32 is wrong, as a kernel of a device would be; that of the reference is not."""
+    gelu = F.gelu
+    monkeypatch.setattr(F, "gelu", lambda x: gelu(x) if x.dtype == torch.float64 else fault(gelu(x)))
     with pytest.raises(SystemExit) as stopped:
         train.main([*SMALL, "--phase=3"])
     printed = capsys.readouterr().out
@@ -984,7 +991,7 @@ def test_smoke_notices_a_faulty_device(fault, failing, monkeypatch, capsys):
 def test_smoke_of_a_device_that_cannot(monkeypatch, capsys):
     def refuse(*_, **__):
         raise NotImplementedError("no such kernel\nand a long story")
-    monkeypatch.setattr(F, "scaled_dot_product_attention", refuse)
+    monkeypatch.setattr(F, "gelu", refuse)
     with pytest.raises(SystemExit) as stopped:
         train.main([*SMALL, "--phase=3"])
     assert stopped.value.code == 1 and capsys.readouterr().err == "train.py: FAIL, this device cannot run it: no such kernel\n"

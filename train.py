@@ -251,12 +251,11 @@ def pick_device(name):
 def pick_dtype(name, device):
     if name != "auto":
         return getattr(torch, name)
-    has = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-           "cpu": lambda: torch.cpu.get_capabilities().get("avx512_bf16", False)}
-    try:
-        return torch.bfloat16 if has.get(device.type, bool)() else torch.float32
-    except AttributeError:              # an older torch does not tell: it takes what works anywhere
-        return torch.float32
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # an old torch does not tell
+        fast = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    return torch.bfloat16 if fast else torch.float32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
