@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import os
 import re
@@ -570,7 +571,7 @@ def test_read():
 
 CONFIGS = [dict(), dict(overlap=2), dict(class_token=True), dict(image_size=56, cell=28), dict(positions="rotary"),
            dict(image_size=64, patch_size=8, overlap=4, cell=8, num_classes=11, positions="rotary"),
-           dict(image_size=64, patch_size=4, cell=8, num_classes=11), dict(in_channels=3, dropout=0.1, drop_path=0.1)]
+           dict(image_size=64, patch_size=4, cell=8, num_classes=11), dict(positions="rotary", window=1), dict(in_channels=3, dropout=0.1, drop_path=0.1)]
 
 
 @pytest.mark.parametrize("fields", CONFIGS)
@@ -604,6 +605,7 @@ def test_model_refuses_bytes():
     (dict(cell=10), "cell 10 must be a multiple"), (dict(depth=0), "depth must be a whole number from 1 up, not 0"),
     (dict(dim=64.0), "dim must be a whole number"), (dict(dropout=1.0), "dropout must be"), (dict(mlp_ratio=0), "mlp_ratio"),
     (dict(positions="sine"), 'positions must be "learned" or "rotary"'), (dict(positions="rotary", dim=24), "multiple of 4"),
+    (dict(window=-1), "window must be a whole number from 0 up, not -1"),
     (dict(class_token=True, cell=7), "class_token"), (dict(class_token="yes"), "class_token must be a bool, not 'yes'"),
     (dict(dropout="0.1"), "dropout must be a float, not '0.1'"), (dict(mlp_ratio=None), "mlp_ratio must be a float, not None")])
 def test_config_refuses(fields, words):
@@ -622,6 +624,23 @@ def test_rotary_scores_depend_on_the_distance_alone():
     assert (scores[0, 0, 2, 3] - scores[0, 0, 3, 2]).abs() > 1e-3
 
 
+@pytest.mark.parametrize("side", [7, 10])   # in patches: 49 tokens and 100, two forms of attention
+def test_a_window_bounds_what_a_cell_depends_on(side):
+    """Two blocks whose attention reaches two patches see four patches far, and no farther."""
+    fields = dict(image_size=4 * side, patch_size=4, cell=4, depth=2, positions="rotary")
+    model = shaken(ViTConfig(window=2, **fields))
+    images = torch.randn(1, 1, 4 * side, 4 * side, generator=seeded())
+    changed = images.clone()
+    changed[..., :4, :4] += 1
+    differ = (model(images) - model(changed)).abs().amax(-1)[0] > 1e-6
+    reached = torch.zeros(side, side, dtype=torch.bool)
+    reached[:5, :5] = True
+    assert torch.equal(differ, reached)
+    for window, same in ((side - 1, True), (side - 2, False)):
+        wide, everywhere = (shaken(ViTConfig(window=w, **fields)) for w in (window, 0))
+        assert torch.allclose(wide(images), everywhere(images), atol=1e-6) == same
+
+
 def test_a_cell_reads_its_own_tokens():
     """Without blocks in between, a cell's logits are the head of the mean of its own patches and nothing else."""
     torch.manual_seed(0)
@@ -633,7 +652,7 @@ def test_a_cell_reads_its_own_tokens():
     torch.testing.assert_close(model(images)[:, 0, 1], upper_right)
 
 
-def plain_forward(state, images, patch, heads):
+def plain_forward(state, images, patch, heads, window=0):
     """The ViT of a state dict with a class token, written out plainly: logits, and the attention of every block."""
     def linear(t, name):
         return torch.einsum("bni,oi->bno", t, state[name + ".weight"]) + state[name + ".bias"]
@@ -646,10 +665,16 @@ def plain_forward(state, images, patch, heads):
     patches = images.view(B, C, H // patch, patch, W // patch, patch)
     x = torch.einsum("bcrpsq,dcpq->brsd", patches, state["patch_embed.proj.weight"]) + state["patch_embed.proj.bias"]
     x = torch.cat((state["cls_token"].expand(B, -1, -1), x.flatten(1, 2)), 1) + state["pos_embed"]
-    maps = []
+    apart, maps = None, []
+    if window:
+        places = [(row, column) for row in range(H // patch) for column in range(W // patch)]
+        apart = torch.zeros(1 + len(places), 1 + len(places), dtype=torch.bool)
+        for (i, one), (j, other) in itertools.product(enumerate(places, 1), repeat=2):
+            apart[i, j] = max(abs(one[0] - other[0]), abs(one[1] - other[1])) > window
     for i in range(sum(name.endswith("attn.qkv.weight") for name in state)):
         q, k, v = linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv").unflatten(2, (3, heads, -1)).unbind(2)
-        maps.append((torch.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5).softmax(-1))
+        scores = torch.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5
+        maps.append((scores if apart is None else scores.masked_fill(apart, -torch.inf)).softmax(-1))
         x = x + linear(torch.einsum("bhnm,bmhd->bnhd", maps[-1], v).flatten(2), f"blocks.{i}.attn.proj")
         h = linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1")
         x = x + linear(h * (1 + torch.erf(h / 2**0.5)) / 2, f"blocks.{i}.mlp.fc2")
@@ -671,12 +696,13 @@ def assert_same(one, other, tolerance=1e-5):
 
 @pytest.mark.parametrize("fields", [
     dict(image_size=16, patch_size=4, dim=24, depth=3, heads=3), dict(image_size=32, patch_size=16, in_channels=3, num_classes=7),
-    dict(image_size=30, patch_size=3, in_channels=2, dim=36, depth=1, heads=1, mlp_ratio=1.3), dict(dim=96, depth=7, heads=12, mlp_ratio=4)])
+    dict(image_size=30, patch_size=3, in_channels=2, dim=36, depth=1, heads=1, mlp_ratio=1.3), dict(dim=96, depth=7, heads=12, mlp_ratio=4),
+    dict(window=1), dict(image_size=30, patch_size=3, window=4)])
 def test_logits_and_attention_are_those_of_a_plain_forward(fields):
     """Few tokens and many, eager and compiled: each form of attention is the same."""
     model = shaken(ViTConfig(class_token=True, **fields))
     images = torch.randn(5, model.config.in_channels, *(model.config.image_size,) * 2)
-    logits, maps = plain_forward(model.state_dict(), images, model.config.patch_size, model.config.heads)
+    logits, maps = plain_forward(model.state_dict(), images, model.config.patch_size, model.config.heads, model.config.window)
     assert_same(model(images), logits)
     assert_same(model.attention_maps(images), maps)
     assert_same(model.forward_features(images, []), model.forward_features(images))

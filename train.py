@@ -79,6 +79,7 @@ class Settings:
     heads: Optional[int] = None             # attention heads in a block
     mlp_ratio: float = 2.0                  # hidden width of the MLP, in units of dim
     positions: Optional[str] = None         # learned or rotary
+    window: int = 0                         # patches that attention reaches along rows and along columns; 0: everywhere
     dropout: float = 0.0                    # share of activations dropped in training
     drop_path: float = 0.0                  # share of images that skip the last block's branches in training
     # Canvases and augmentation
@@ -503,7 +504,8 @@ def log_evaluation(wandb, result, canvases, readings, weights, gradients):
 def model_config(settings, options):
     return ViTConfig(image_size=options["size"], num_classes=options["classes"] + data.has_empty_cells(settings.phase),
                      cell=data.PHASES[settings.phase].cell, **{name: getattr(settings, name) for name in (
-                         "patch_size", "overlap", "dim", "depth", "heads", "mlp_ratio", "positions", "dropout", "drop_path")})
+                         "patch_size", "overlap", "dim", "depth", "heads", "mlp_ratio", "positions", "window", "dropout",
+                         "drop_path")})
 
 
 def prepare(settings):
