@@ -1081,7 +1081,8 @@ def test_a_run_and_what_it_leaves(few_digits, tmp_path, phase, capsys):
     assert not model.training
     images, labels = data.load_mnist(few_digits[0].split("=")[1], "test")
     options = {"classes": 10}
-    result = train.evaluate(model, *data.test_canvases(phase, images, labels, **options), 10, torch.device("cpu"), torch.float32)
+    cpu = torch.device("cpu")
+    result = train.evaluate(model, *data.test_canvases(phase, images, labels, **options), 10, cpu, train.pick_dtype("auto", cpu))
     assert result["loss"] == pytest.approx(last["loss"]) and result["exact_match"] == last["exact_match"]
 
     for again in ("--eval_only", "--resume"):  # a finished run has nothing to go on with
@@ -1425,7 +1426,8 @@ def wait_for_lines(out, lines, processes):
 
 @pytest.mark.parametrize("phase", data.PHASES)
 def test_two_processes_follow_one(few_digits, tmp_path, phase):
-    flags = [*few_digits, f"--phase={phase}", "--max_steps=50", "--log_every=1", "--save_every=30", "--batch_size=15", "--eval_every=0"]
+    flags = [*few_digits, f"--phase={phase}", "--max_steps=50", "--log_every=1", "--save_every=30", "--batch_size=15", "--eval_every=0",
+             "--dtype=float32"]
     train.main(flags)
     (tmp_path / "out").rename(tmp_path / "one")
     codes, printed, errors = finish(share(2, flags))
