@@ -100,10 +100,10 @@ class Settings:
 # on a grid, patches of 14 px that see 28 did best: a token then sees what a digit is, and there are few tokens. Phase 3 is
 # about where a digit is, to half a px, rather than which: in a short run augmentation only makes that harder.
 DEFAULTS = {
-    1: dict(max_steps=8_000, batch_size=256, eval_every=2_500, lr=5e-3,
+    1: dict(max_steps=14_000, batch_size=256, eval_every=5_000, lr=7e-3,
             patch_size=14, overlap=7, dim=64, depth=4, heads=4, positions="learned",
             rotate=10.0, scale=0.1, shear=0.1, shift=1.0, elastic=1.0),
-    2: dict(max_steps=6_000, batch_size=128, eval_every=2_000, lr=4e-3,
+    2: dict(max_steps=9_500, batch_size=128, eval_every=3_000, lr=4e-3,
             patch_size=14, overlap=7, dim=64, depth=4, heads=4, positions="learned",
             rotate=10.0, scale=0.1, shear=0.1, shift=1.0, elastic=1.5),
     3: dict(max_steps=4_000, batch_size=64, eval_every=2_000, lr=8e-3, train_digits=9, crowded=0.5, borders=0.5,

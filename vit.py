@@ -11,7 +11,8 @@ With `cell` > 0 the same model labels every cell of a grid over the image, so it
 An image goes through it as patches -> tokens -> `depth` blocks of attention and MLP -> norm -> head: `ViT.forward`.
 With a class token, parameters have the names and shapes of timm's VisionTransformer, so that public weights load.
 Sources: ViT (Dosovitskiy 2021, arXiv:2010.11929), pre-norm blocks (Xiong 2020, arXiv:2002.04745), rotary positions (Su
-2021, arXiv:2104.09864) along both axes (Heo 2024, arXiv:2403.13298), drop path (Huang 2016, arXiv:1603.09382).
+2021, arXiv:2104.09864) along both axes (Heo 2024, arXiv:2403.13298), attention within a window (Ramachandran 2019,
+arXiv:1906.05909), drop path (Huang 2016, arXiv:1603.09382).
 """
 import math
 import os
