@@ -624,21 +624,31 @@ def test_rotary_scores_depend_on_the_distance_alone():
     assert (scores[0, 0, 2, 3] - scores[0, 0, 3, 2]).abs() > 1e-3
 
 
-@pytest.mark.parametrize("side", [7, 10])   # in patches: 49 tokens and 100, two forms of attention
-def test_a_window_bounds_what_a_cell_depends_on(side):
+@pytest.mark.parametrize("rows,columns", [(6, 9), (9, 6), (8, 11)])   # 54 tokens and 88: two forms of attention
+def test_a_window_bounds_what_a_cell_depends_on(rows, columns):
     """Two blocks whose attention reaches two patches see four patches far, and no farther."""
-    fields = dict(image_size=4 * side, patch_size=4, cell=4, depth=2, positions="rotary")
+    fields = dict(image_size=4 * rows, patch_size=4, cell=4, depth=2, positions="rotary")
     model = shaken(ViTConfig(window=2, **fields))
-    images = torch.randn(1, 1, 4 * side, 4 * side, generator=seeded())
+    images = torch.randn(1, 1, 4 * rows, 4 * columns, generator=seeded())
     changed = images.clone()
     changed[..., :4, :4] += 1
     differ = (model(images) - model(changed)).abs().amax(-1)[0] > 1e-6
-    reached = torch.zeros(side, side, dtype=torch.bool)
+    reached = torch.zeros(rows, columns, dtype=torch.bool)
     reached[:5, :5] = True
     assert torch.equal(differ, reached)
-    for window, same in ((side - 1, True), (side - 2, False)):
+    farthest = max(rows, columns) - 1
+    for window, same in ((farthest, True), (farthest - 1, False)):
         wide, everywhere = (shaken(ViTConfig(window=w, **fields)) for w in (window, 0))
         assert torch.allclose(wide(images), everywhere(images), atol=1e-6) == same
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_a_window_on_a_large_image(dtype, tolerance):
+    """Of 33 x 24 patches most are out of reach: torch's kernel, which then has whole blocks of -inf, equals the plain form."""
+    model = shaken(ViTConfig(patch_size=4, depth=1, positions="rotary", window=2))
+    images = torch.randn(2, 1, 132, 96, generator=seeded())
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        assert_same(model.forward_features(images).float(), model.forward_features(images, []).float(), tolerance)
 
 
 def test_a_cell_reads_its_own_tokens():
@@ -780,7 +790,7 @@ def test_parameters_and_flops_are_what_torch_counts(fields):
         assert model.config.flops(height, width) == pytest.approx(counter.get_total_flops() / 3, rel=0.02)
 
 
-@pytest.mark.parametrize("fields", [dict(), dict(positions="rotary", overlap=2, cell=7), dict(class_token=True, dropout=0.1, drop_path=0.1)])
+@pytest.mark.parametrize("fields", [dict(), dict(positions="rotary", overlap=2, cell=7, window=1), dict(class_token=True, dropout=0.1, drop_path=0.1)])
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_to_one_graph_for_any_batch(fields, training):
     torch._dynamo.reset()
@@ -795,7 +805,7 @@ def test_compiles_to_one_graph_for_any_batch(fields, training):
     assert 1 <= len(graphs) <= 3
 
 
-@pytest.mark.parametrize("fields", [dict(positions="rotary", overlap=3), dict(class_token=True)])
+@pytest.mark.parametrize("fields", [dict(positions="rotary", overlap=3), dict(positions="rotary", window=2), dict(class_token=True)])
 def test_compiled_gradients_are_the_same_at_any_size(fields):
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -1088,6 +1098,16 @@ def test_a_run_and_what_it_leaves(few_digits, tmp_path, phase, capsys):
     for again in ("--eval_only", "--resume"):  # a finished run has nothing to go on with
         train.main([*few_digits, f"--phase={phase}", again, "--max_steps=10"])
         assert f"{100 * last['digit_accuracy']:.2f}%" in capsys.readouterr().out and metrics(tmp_path / "out") == lines
+
+
+def test_phase_3_trains_on_harder_canvases_than_it_is_evaluated_on(few_digits, tmp_path, monkeypatch):
+    drawn_with, canvases = [], data.canvases
+    monkeypatch.setattr(data, "canvases", lambda *given, **options: drawn_with.append(options) or canvases(*given, **options))
+    train.main([*few_digits, "--phase=3", "--max_steps=1", "--train_digits=7", "--crowded=0.4", "--borders=0.3", "--window=2"])
+    evaluated, trained = drawn_with
+    assert (trained["max_digits"], trained["crowded"], trained["borders"]) == (7, 0.4, 0.3)
+    assert (evaluated["max_digits"], evaluated["crowded"], evaluated["borders"]) == (5, 0.0, 0.0)
+    assert ViT.load(tmp_path / "out" / "ckpt.pt").config.window == 2
 
 
 @pytest.mark.parametrize("phase", data.PHASES)

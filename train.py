@@ -52,7 +52,7 @@ class Settings:
     smoke: bool = False                     # check the device in some seconds, without files or network, and stop
     val_digits: int = 0                     # hold so many training digits back and evaluate on them, not on the test set
     device: str = "auto"                    # cuda, mps, xpu, cpu, or auto: the accelerator if there is one
-    dtype: str = "auto"                     # float32, bfloat16 (autocast), or auto: bfloat16 where the hardware has it
+    dtype: str = "auto"                     # float32, bfloat16 (autocast), or auto: bfloat16 where it is the faster one
     compile: bool = False                   # torch.compile the model, which takes up to half a minute before training
     seed: int = 0                           # of every random draw
     # How the run is laid out
@@ -79,7 +79,7 @@ class Settings:
     heads: Optional[int] = None             # attention heads in a block
     mlp_ratio: float = 2.0                  # hidden width of the MLP, in units of dim
     positions: Optional[str] = None         # learned or rotary
-    window: int = 0                         # patches that attention reaches along rows and along columns; 0: everywhere
+    window: Optional[int] = None            # patches that attention reaches on each side; 0: all of the canvas
     dropout: float = 0.0                    # share of activations dropped in training
     drop_path: float = 0.0                  # share of images that skip the last block's branches in training
     # Canvases and augmentation
@@ -101,10 +101,10 @@ class Settings:
 # about where a digit is, to half a px, rather than which: in a short run augmentation only makes that harder.
 DEFAULTS = {
     1: dict(max_steps=14_000, batch_size=256, eval_every=5_000, lr=7e-3,
-            patch_size=14, overlap=7, dim=64, depth=4, heads=4, positions="learned",
+            patch_size=14, overlap=7, dim=64, depth=4, heads=4, positions="learned", window=0,
             rotate=10.0, scale=0.1, shear=0.1, shift=1.0, elastic=1.0),
     2: dict(max_steps=9_500, batch_size=128, eval_every=3_000, lr=4e-3,
-            patch_size=14, overlap=7, dim=64, depth=4, heads=4, positions="learned",
+            patch_size=14, overlap=7, dim=64, depth=4, heads=4, positions="learned", window=0,
             rotate=10.0, scale=0.1, shear=0.1, shift=1.0, elastic=1.5),
     3: dict(max_steps=4_000, batch_size=64, eval_every=2_000, lr=8e-3, train_digits=9, crowded=0.5, borders=0.5,
             patch_size=8, overlap=2, dim=96, depth=4, heads=4, positions="rotary", window=3,
@@ -685,7 +685,7 @@ def run(given):
 
     # Digits, canvases, model
     digits, test_set, canvas_asked, kind = prepare(settings)
-    check_agreement(device, {**asdict(settings), "data_dir": None}, kind, checkpoint and checkpoint["step"], torch.__version__)
+    check_agreement(device, {**asdict(settings), "data_dir": None}, str(dtype), kind, checkpoint and checkpoint["step"], torch.__version__)
     options = data.canvas_options(settings.phase, *digits, **canvas_asked)
     if checkpoint and checkpoint["data"] != kind:
         raise ValueError(f"{path} was trained on {checkpoint['data']} digits, these are {kind} ones")

@@ -39,7 +39,7 @@ class ViTConfig:
     class_token: bool = False   # a token of its own for the whole image, read by the head; else the mean over tokens
     cell: int = 0               # px, side of the cells that get a label each; 0: one label for the whole image
     positions: str = "learned"  # "learned": a vector a patch. "rotary": queries and keys turn with row and column
-    window: int = 0             # patches that attention reaches along rows and along columns; 0: all of the image
+    window: int = 0             # patches that attention reaches on each side, along rows and columns; 0: all of the image
 
     @classmethod
     def preset(cls, name, **changes):
@@ -136,7 +136,7 @@ def window_bias(rows, columns, window, prefix, device):
     near_rows, near_columns = ((line[:, None] - line).abs() <= window for line in (row, column))
     near = (near_rows[:, None, :, None] & near_columns[None, :, None, :]).flatten(2).flatten(0, 1)      # (N, N)
     near = F.pad(near, (prefix, 0, prefix, 0), value=True)
-    return torch.zeros(near.shape, device=device).masked_fill(~near, -math.inf)
+    return torch.where(near, 0.0, -math.inf)
 
 
 def resample_positions(positions, prefix, rows, columns):
@@ -306,13 +306,13 @@ class ViT(nn.Module):
         x = self.patch_embed(images)                                # (B, N, dim)
         if self.config.class_token:
             x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
-        rotary, bias, window = None, None, self.config.window
+        rotary = bias = None
         if self.config.positions == "learned":
             x = x + resample_positions(self.pos_embed, int(self.config.class_token), rows, columns)
         else:
             rotary = rotary_table(rows, columns, self.config.dim // self.config.heads, x.device)
-        if window and max(rows, columns) > window + 1:
-            bias = window_bias(rows, columns, window, int(self.config.class_token), x.device)
+        if self.config.window:
+            bias = window_bias(rows, columns, self.config.window, int(self.config.class_token), x.device)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
             x = block(x, rotary, bias, maps)
