@@ -106,7 +106,7 @@ DEFAULTS = {
             rotate=10.0, scale=0.1, shear=0.1, shift=1.0, elastic=1.0),
     2: dict(max_steps=10_500, batch_size=128, eval_every=3_500, lr=4e-3,
             patch_size=14, overlap=3, dim=64, depth=4, heads=1, positions="learned", window=0,
-            rotate=10.0, scale=0.1, shear=0.1, shift=1.0, elastic=1.5),
+            rotate=10.0, scale=0.1, shear=0.1, shift=1.0, elastic=0.7),
     3: dict(max_steps=3_200, batch_size=64, eval_every=1_500, lr=8e-3, train_digits=9, crowded=0.5, borders=0.5,
             patch_size=8, overlap=2, dim=96, depth=4, heads=4, positions="rotary", window=3,
             rotate=0.0, scale=0.0, shear=0.0, shift=0.0, elastic=0.0),
