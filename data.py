@@ -271,8 +271,9 @@ def augment(images, rand, rotate=0.0, scale=0.0, shear=0.0, shift=0.0, elastic=0
     """Each digit turned by up to `rotate` degrees, scaled and sheared by up to those shares, moved by up to `shift` px
     and bent by up to `elastic` px (Simard 2003: displacements that change smoothly over the image).
 
-    images: uint8 (n, 28, 28), and the same comes back. rand: gives random numbers from 0 to 1, (n, *shape). A digit whose ink would grow past `side` px, or leave the
-    frame, is scaled down or moved back until it does not; what bending still carries past `side` is cut off.
+    images: uint8 (n, 28, 28), and the same comes back. rand: gives random numbers from 0 to 1, (n, *shape). A digit whose ink
+    would grow past `side` px, or leave the frame, is scaled down or moved back until it does not; what bending still carries
+    past `side` is cut off.
     """
     n, device = len(images), images.device
 
