@@ -1868,10 +1868,11 @@ def test_curves(few_digits, tmp_path, capsys):
 
 
 def test_wandb_offline(few_digits, tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="needs wandb")
+    wandb = pytest.importorskip("wandb", reason="needs wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     train.main([*few_digits, "--phase=3", "--max_steps=8", "--eval_every=4", "--wandb"])
+    wandb.teardown()  # finish() may return before its service has written the record; this waits until the service has ended
     (record,) = (tmp_path / "out" / "wandb").glob("offline-run-*/run-*.wandb")
     logged = record.read_bytes()
     for word in (b"train/loss", b"train/lr", b"train/grad_norm", b"train/digit_accuracy", b"eval/exact_match", b"histogram",
