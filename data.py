@@ -480,7 +480,7 @@ def place(box, present, size, min_distance, ink, rand, cell=1, borders=0.0, swee
         centre = side + 2 * below(size - side + 1, k, tries)
         if borders:
             border = (centre + cell) // (2 * cell) * 2 * cell
-            beside = border - 2 + centre % 2 + 2 * below(2, k, tries)       # 1 or half a px before it, or on or half a px past it
+            beside = border - 2 + centre % 2 + 2 * below(2, k, tries)       # 1 or half a px before it, on it or half a px past
             moved = (rand(k, tries) < borders) & (beside >= side) & (beside <= 2 * size - side)
             centre = torch.where(moved, beside, centre)
         return centre
