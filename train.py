@@ -4,7 +4,7 @@
     python train.py --phase=1 --max_steps=1000      # every setting is a flag: python train.py --help
     python train.py --phase=3 --resume              # go on where a run was stopped
     python train.py --phase=3 --eval_only           # evaluate what a run has left
-    python train.py --smoke                         # is the device all right? exit code 0 or 1
+    python train.py --smoke                         # is the device all right? exit code 0 if so
     torchrun --standalone --nproc_per_node=8 train.py --phase=3      # 8 GPUs of one machine share each batch
 
 A run leaves ckpt.pt (see `save`) and metrics.jsonl (one JSON object a line) in --out_dir. Every random draw of a step
