@@ -53,7 +53,7 @@ class Settings:
     val_digits: int = 0                     # hold so many training digits back and evaluate on them, not on the test set
     device: str = "auto"                    # cuda, mps, xpu, cpu, or auto: the accelerator if there is one
     dtype: str = "auto"                     # float32, bfloat16 (autocast), or auto: bfloat16 where it is the faster one
-    compile: bool = False                   # torch.compile the model, which takes up to half a minute before training
+    compile: bool = False                   # torch.compile the model, which takes up to a minute before training
     seed: int = 0                           # of every random draw
     # How the run is laid out
     epochs: Optional[float] = None          # length of the run in epochs of 60,000 canvases, in place of max_steps
