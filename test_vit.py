@@ -571,7 +571,8 @@ def test_read():
 
 CONFIGS = [dict(), dict(overlap=2), dict(class_token=True), dict(image_size=56, cell=28), dict(positions="rotary"),
            dict(image_size=64, patch_size=8, overlap=4, cell=8, num_classes=11, positions="rotary"),
-           dict(image_size=64, patch_size=4, cell=8, num_classes=11), dict(positions="rotary", window=1), dict(in_channels=3, dropout=0.1, drop_path=0.1)]
+           dict(image_size=64, patch_size=4, cell=8, num_classes=11), dict(positions="rotary", window=1),
+           dict(class_token=True, positions="rotary", window=1), dict(in_channels=3, dropout=0.1, drop_path=0.1)]
 
 
 @pytest.mark.parametrize("fields", CONFIGS)
@@ -616,12 +617,14 @@ def test_config_refuses(fields, words):
 def test_rotary_scores_depend_on_the_distance_alone():
     """Turning a query at (r, c) and a key at (r + i, c + j) leaves a product that depends on (i, j), not on (r, c)."""
     from vit import rotary_table, rotate
-    cos, sin = rotary_table(6, 5, 16, "cpu")
+    cos, sin = rotary_table(6, 5, 16, 0, "cpu")
     query, key = torch.randn(16, generator=seeded()), torch.randn(16, generator=seeded(1))
     scores = (rotate(query.expand(30, 16), cos, sin) @ rotate(key.expand(30, 16), cos, sin).T).view(6, 5, 6, 5)
     torch.testing.assert_close(scores[0, 0, 2, 3], scores[3, 1, 5, 4])
     torch.testing.assert_close(scores[2, 2, 1, 0], scores[5, 4, 4, 2])
     assert (scores[0, 0, 2, 3] - scores[0, 0, 3, 2]).abs() > 1e-3
+    with_prefix = rotate(query.expand(32, 16), *rotary_table(6, 5, 16, 2, "cpu"))    # a class token has no place to turn with
+    assert torch.equal(with_prefix[:2], query.expand(2, 16)) and torch.equal(with_prefix[2:], rotate(query.expand(30, 16), cos, sin))
 
 
 @pytest.mark.parametrize("rows,columns", [(6, 9), (9, 6), (8, 11)])   # 54 tokens and 88: two forms of attention
@@ -876,7 +879,7 @@ def test_dropout_and_drop_path_rest_in_eval_mode():
 SNIPPETS = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("snippet", range(3))
+@pytest.mark.parametrize("snippet", range(len(SNIPPETS)))
 def test_snippets_of_the_readme_run_beside_vit_py_alone(tmp_path, snippet):
     shutil.copy(HERE / "vit.py", tmp_path)
     torch.save({"model": ViT(ViTConfig.preset("Ti")).state_dict()}, tmp_path / "deit_tiny_patch16_224.pth")

@@ -110,8 +110,9 @@ def drop_path(branch, rate, training):
     return branch * keep.to(branch.dtype) / (1 - rate)
 
 
-def rotary_table(rows, columns, head_dim, device):
-    """Cosines and sines, each (rows * columns, head_dim), that turn the heads of the patch at each row and column.
+def rotary_table(rows, columns, head_dim, prefix, device):
+    """Cosines and sines, each (prefix + rows * columns, head_dim), that turn the heads of the patch at each row and
+    column, and leave the prefix as it is.
 
     Half of a head's pairs of channels turn with the row, half with the column, at frequencies from 1 radian a patch
     down to 1/100: fast enough to tell neighbours apart, slow enough to tell the ends of a long image apart.
@@ -120,7 +121,8 @@ def rotary_table(rows, columns, head_dim, device):
     by_row = torch.arange(rows, device=device)[:, None] * frequency        # (rows, head_dim / 4)
     by_column = torch.arange(columns, device=device)[:, None] * frequency  # (columns, head_dim / 4)
     angle = torch.cat((by_row[:, None].expand(-1, columns, -1), by_column.expand(rows, -1, -1)), dim=-1).flatten(0, 1)
-    cos, sin = angle.cos(), angle.sin()                                    # (N, head_dim / 2)
+    angle = F.pad(angle, (0, 0, prefix, 0))                                # (prefix + N, head_dim / 2)
+    cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)   # the signs that `rotate` needs
 
 
@@ -306,13 +308,13 @@ class ViT(nn.Module):
         x = self.patch_embed(images)                                # (B, N, dim)
         if self.config.class_token:
             x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
-        rotary = bias = None
+        prefix, rotary, bias = int(self.config.class_token), None, None
         if self.config.positions == "learned":
-            x = x + resample_positions(self.pos_embed, int(self.config.class_token), rows, columns)
+            x = x + resample_positions(self.pos_embed, prefix, rows, columns)
         else:
-            rotary = rotary_table(rows, columns, self.config.dim // self.config.heads, x.device)
+            rotary = rotary_table(rows, columns, self.config.dim // self.config.heads, prefix, x.device)
         if self.config.window:
-            bias = window_bias(rows, columns, self.config.window, int(self.config.class_token), x.device)
+            bias = window_bias(rows, columns, self.config.window, prefix, x.device)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
             x = block(x, rotary, bias, maps)
