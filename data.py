@@ -391,9 +391,10 @@ def canvas_options(phase, images, labels, size=None, max_digits=None, min_distan
 def canvases(phase, images, labels, n, generator, augmentation=None, part=slice(None), **options):
     """n canvases of a phase, with digits drawn uniformly from uint8 (N, 28, 28) images and int64 (N,) labels.
 
-    generator: on the device of the images. augmentation: keywords of `augment`, or None. part: which of the n to return,
-    the same as they are among all n: processes share a batch so. options: see `canvas_options`; pass its result to leave
-    nothing to be worked out (and, on a GPU, waited for) at each call.
+    generator: on the device of the images, or on another, whose random numbers are then carried over. augmentation:
+    keywords of `augment`, or None. part: which of the n to return, the same as they are among all n: processes share a
+    batch so. options: see `canvas_options`; pass its result to leave nothing to be worked out (and, on a GPU, waited
+    for) at each call.
     Returns uint8 (n, H, W) canvases and int64 (n, gh, gw) cell labels, where the class after the last is "empty".
     """
     options = canvas_options(phase, images, labels, **options)
@@ -401,10 +402,10 @@ def canvases(phase, images, labels, n, generator, augmentation=None, part=slice(
 
     # The random numbers of all n are drawn, whatever the part
     def rand(*shape):
-        return torch.rand(n, *shape, generator=generator, device=images.device)[part]
+        return torch.rand(n, *shape, generator=generator, device=generator.device)[part].to(images.device)
 
     def randint(below, *shape):
-        return torch.randint(below, (n, *shape), generator=generator, device=images.device)[part]
+        return torch.randint(below, (n, *shape), generator=generator, device=generator.device)[part].to(images.device)
 
     return layout(PHASES[phase].cell, images, labels, rand, randint, augmentation, **options)
 

@@ -2,11 +2,13 @@
 
     python sample.py --phase=3                       # test canvases, figures, and out/phase3/sample.png
     python sample.py --phase=3 --mistakes            # only what it reads wrong, worst first
+    python sample.py --phase=3 --canvas_size=128 --max_digits=16      # larger canvases than it was trained on
     python sample.py --phase=3 --attention           # where it looked for each digit: out/phase3/attention.png
     python sample.py --phase=3 --image page.png --digit_height=60     # your own pictures: out/phase3/image.png
     python sample.py --curves --out_dir out/a out/b  # how runs went: out/a/curves.png (needs matplotlib)
 """
 import argparse
+import itertools
 import json
 import os
 import re
@@ -24,7 +26,7 @@ from vit import ViT
 
 MOST_PIXELS = 64_000_000    # of a picture that is read
 LONGEST_SIDE = 1024         # px, of a canvas that is read: attention's cost grows with the fourth power of it
-MOST_GAZED = 4096           # patches of a canvas whose attention is shown: its maps take 1 GB
+MOST_GAZED = 4096           # patches of a canvas whose attention is shown: its maps take 2 GB
 TILE = 256                  # px, about the side of a canvas in a picture
 GREEN, RED, WHITE = (90, 220, 110), (255, 95, 85), (255, 255, 255)
 
@@ -34,7 +36,10 @@ def parse(arguments):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--phase", type=int, default=3, help="whose checkpoint to take, out/phase<phase> (default: 3)")
     parser.add_argument("--out_dir", nargs="+", help="the folder of ckpt.pt, in place of out/phase<phase>; several with --curves")
-    parser.add_argument("--data_dir", default="data/mnist", help="folder of the MNIST files (default: data/mnist)")
+    parser.add_argument("--data_dir", help="folder of the digits' files (default: that of the run)")
+    parser.add_argument("--canvas_size", type=int, help="px, side of the test canvases (default: that of the run)")
+    parser.add_argument("--max_digits", type=int, help="phase 3: most digits on a test canvas (default: that of the run)")
+    parser.add_argument("--min_distance", type=int, help="px, phase 3: between digits' centres (default: that of the run)")
     parser.add_argument("--start", type=int, default=0, help="the first test canvas to show (default: 0)")
     parser.add_argument("--count", type=int, help="how many to show (default: 4 in the terminal, 16 in the picture)")
     parser.add_argument("--mistakes", action="store_true", help="show only canvases with mistakes, worst first")
@@ -47,26 +52,29 @@ def parse(arguments):
 
 
 def load(path):
-    """The model of a checkpoint, and what the checkpoint says of its phase, canvases and digits."""
+    """The model of a checkpoint, and what the checkpoint says of its phase, its canvases, the kind of its digits and
+    their folder."""
     if not path.exists():
         raise OSError(f"there is no checkpoint {path}: train one with train.py")
     model = ViT.load(path)
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     try:
         phase, canvas, kind = checkpoint["phase"], checkpoint["canvas"], checkpoint["data"]
+        folder = checkpoint["settings"]["data_dir"]
         fits = model.config.cell == data.PHASES[phase].cell and canvas["size"] in (None, model.config.image_size) and \
             model.config.num_classes == canvas["classes"] + data.has_empty_cells(phase) and kind in ("mnist", "drawn") and \
-            canvas.keys() == {"size", "max_digits", "min_distance", "classes"}
+            canvas.keys() == {"size", "max_digits", "min_distance", "classes"} and isinstance(folder, str)
     except (KeyError, TypeError, AttributeError):
         fits = False
     if not fits:
         raise ValueError(f"{path} is not a checkpoint of train.py: what it says of its canvases does not fit its model")
-    return model, phase, canvas, kind
+    return model, phase, canvas, kind, folder
 
 
 @torch.no_grad()
 def logits_of(model, canvases):
-    return torch.cat([model(data.to_input(batch)) for batch in canvases.split(100)])
+    some = max(1, 2**20 // canvases[0].numel())  # about a million px at a time
+    return torch.cat([model(data.to_input(batch)) for batch in canvases.split(some)])
 
 
 def compare(reading, truth, empty):
@@ -111,10 +119,23 @@ def describe(findings, known, colour):
     return lines or ["  nothing there, nothing read" if known else "  nothing"]
 
 
-def figures(truth, best, classes):
+def found_nearby(truth, best, empty):
+    """How many digits are found and read: pairs of one that is there and one that is read, alike, in the same cell or one
+    that touches it. Each is in one pair at most; the nearest pair first. truth, best: (n, gh, gw) labels of cells."""
+    there, read, pairs = F.pad(truth, [1] * 4, value=empty), F.pad(best, [1] * 4, value=empty), 0
+    for step in sorted(itertools.product((-1, 0, 1), repeat=2), key=lambda step: step[0]**2 + step[1]**2):
+        pair = (there != empty) & (there == read.roll(step, (1, 2)))        # what rolls around is the edge, which is empty
+        pairs += pair.sum().item()
+        there = there.masked_fill(pair, empty)
+        read = read.masked_fill(pair.roll((-step[0], -step[1]), (1, 2)), empty)
+    return pairs
+
+
+def figures(truth, best, classes, mark=""):
     """Confusion matrix, precision and recall, accuracy by number of digits: lines of at most 80 columns.
 
-    truth, best: (n, gh, gw) labels of cells and the model's; classes: how many are digits, the next one is "empty".
+    truth, best: (n, gh, gw) labels of cells and the model's; classes: how many are digits, the next one is "empty"; mark:
+    what is to be said of the digits.
     """
     size = max(truth.max().item(), best.max().item(), classes - 1) + 1      # with "empty", where there is such a thing
     confusion = torch.bincount((truth * size + best).flatten(), minlength=size * size).view(size, size)
@@ -127,7 +148,7 @@ def figures(truth, best, classes):
     def share(part, whole):
         return f"{100 * part / whole:.2f}%" if whole else "-"
 
-    lines = ["", "Cells: what is there (rows) and what is read (columns)" if size <= 11 else "Cells"]
+    lines = ["", f"Cells{mark}" + ": what is there (rows) and what is read (columns)" * (size <= 11)]
     columns = range(size) if size <= 11 else []                             # more do not fit
     wide = [6 if j >= classes else 5 for j in columns]                      # 80 columns with the other three
     lines.append(" " * 5 + "".join(f"{names[j]:>{wide[j]}}" for j in columns) + "   recall precision")
@@ -142,6 +163,10 @@ def figures(truth, best, classes):
         of = number == n
         lines.append(f"{n:>18}{of.sum().item():>10,}{share(exact[of].sum().item(), of.sum().item()):>11}"
                      f"{share((digit & (truth == best))[of].sum().item(), digit[of].sum().item()):>14}")
+    if size > classes:
+        pairs, digits_there, digits_read = found_nearby(truth, best, classes), digit.sum().item(), (best < classes).sum().item()
+        lines += ["", f"Digits found and read, at most one cell off: recall {share(pairs, digits_there)},",
+                  f"precision {share(pairs, digits_read)}, F1 {share(2 * pairs, digits_there + digits_read)}"]
     return lines
 
 
@@ -279,7 +304,7 @@ def load_picture(path):
                 raise ValueError("only .npy and .pgm are read without Pillow: pip install pillow") from None
             Image.MAX_IMAGE_PIXELS = None                                   # `check` has its say before pixels are read
             with Image.open(path) as image:
-                check(*image.size)
+                check(image.height, image.width)
                 image = ImageOps.exif_transpose(image)
                 array = np.asarray(image if image.mode[0] in "IF" else image.convert("RGBA"))
         return grey(torch.from_numpy(np.array(array, dtype=np.float32)), array.dtype)
@@ -407,15 +432,16 @@ def curves(folders):
             training, evaluations = ([line for line in lines if line["event"] == event] for event in ("train", "eval"))
             if not training:
                 raise ValueError("nothing was logged yet")
+            name = f"{folder} (drawn digits)" if any("drawn" in line["data"] for line in evaluations) else folder
             for axis, column in (("step", 0), ("seconds", 1)):
                 for row, key in ((0, "loss"), (1, "lr")):
                     panels[row, column].plot([line[axis] for line in training], [line[key] for line in training],
-                                             color=f"C{number}", linewidth=1, label=f"{folder}, training")
+                                             color=f"C{number}", linewidth=1, label=f"{name}, training")
                 panels[0, column].plot([line[axis] for line in evaluations], [line["loss"] for line in evaluations], "o--",
-                                       color=f"C{number}", label=f"{folder}, evaluation")
+                                       color=f"C{number}", label=f"{name}, evaluation")
                 for key, style in (("digit_accuracy", "o-"), ("exact_match", "s--")):
                     panels[2, column].plot([line[axis] for line in evaluations], [100 * line[key] for line in evaluations],
-                                           style, color=f"C{number}", label=f"{folder}, {key.replace('_', ' ')}")
+                                           style, color=f"C{number}", label=f"{name}, {key.replace('_', ' ')}")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a metrics file of train.py: {type(error).__name__}: {error}") from None
     for row, title in enumerate(("cross entropy of cells", "learning rate", "accuracy, %")):
@@ -438,6 +464,9 @@ def main(arguments=None):
         run(flags)
     except BrokenPipeError:  # nobody reads on, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print("sample.py: stopped", file=sys.stderr)
+        raise SystemExit(130)
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         raise SystemExit(1)
@@ -454,7 +483,7 @@ def run(flags):
     if flags.digit_height is not None and not 1 <= flags.digit_height <= 10_000:
         raise ValueError(f"--digit_height must be from 1 to 10000 px, not {flags.digit_height}")
     out = Path(folders[0])
-    model, phase, options, kind = load(out / "ckpt.pt")
+    model, phase, options, kind, folder = load(out / "ckpt.pt")
     classes = options["classes"]
     empty = classes if data.has_empty_cells(phase) else None
     sys.stdout.reconfigure(errors="replace")  # a terminal without half blocks gets question marks, not a traceback
@@ -472,8 +501,11 @@ def run(flags):
             if not flags.digit_height and max(canvas.shape) > 2 * model.config.image_size:
                 print(f"{name}: its digits are taken to be 20 px high; if they are not, say so with --digit_height", file=sys.stderr)
     else:
-        canvases, truth = data.test_canvases(phase, *data.load_digits(kind, flags.data_dir, "test")[:2], **options)
-        print(f"reading {len(canvases):,} test canvases", flush=True)
+        asked = {"size": flags.canvas_size, "max_digits": flags.max_digits, "min_distance": flags.min_distance}
+        options |= {name: value for name, value in asked.items() if value is not None}
+        canvases, truth = data.test_canvases(phase, *data.load_digits(kind, flags.data_dir or folder, "test")[:2], **options)
+        mark = "" if kind == "mnist" else f" ({kind} digits)"
+        print(f"reading {len(canvases):,} test canvases of {canvases.shape[1]} x {canvases.shape[2]} px{mark}", flush=True)
         logits = logits_of(model, canvases)
         best = logits.argmax(-1)
         order = torch.arange(len(canvases))
@@ -483,7 +515,6 @@ def run(flags):
             order = order[wrong][loss[wrong].argsort(descending=True, stable=True)]
         if flags.start >= len(order):
             raise ValueError(f"--start={flags.start}, but there are {len(order)} such canvases")
-        mark = "" if kind == "mnist" else f" ({kind} digits)"
         shown = [(f"test canvas {i}{mark}", canvases[i], truth[i], logits[i])
                  for i in order[flags.start:flags.start + (flags.count or 16)].tolist()]
 
@@ -500,7 +531,7 @@ def run(flags):
                     tile(canvas, [one], model.config.cell, f"where {one[3]} looked", looked[one[0], one[1]])
                     for one in findings if one[3] is not None])
     if not flags.image:
-        print(*figures(truth, best, classes), "", sep="\n")
+        print(*figures(truth, best, classes, mark), "", sep="\n")
     save_png(out / ("image.png" if flags.image else "sample.png"), sheet([tiles[i:i + 4] for i in range(0, len(tiles), 4)]))
     if gazes:
         save_png(out / "attention.png", sheet(gazes))

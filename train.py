@@ -18,6 +18,7 @@ import difflib
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -165,6 +166,7 @@ def settle(given, saved):
         raise ValueError(f"--phase must be one of {', '.join(map(str, DEFAULTS))}, not {phase}")
     if "epochs" in given and "max_steps" in given:
         raise ValueError("give --epochs or --max_steps, not both")
+    saved = {name: value for name, value in saved.items() if name not in ("device", "out_dir", "wandb")}  # it may have moved
     settings = Settings(**{**DEFAULTS[phase], **saved, **given})
     if settings.out_dir is None:
         settings.out_dir = f"out/phase{phase}"
@@ -434,6 +436,15 @@ def capture(step, generator, processes, *counters):
     return replay
 
 
+def keep_beside(*paths):
+    """Rename the files of another run, all with the same number, the first under which nothing is kept yet."""
+    number = next(n for n in itertools.count(1) if not any(Path(f"{path}.{n}").exists() for path in paths))
+    for path in paths:
+        if path.exists():
+            os.replace(path, f"{path}.{number}")
+            print(f"{path} is another run's: kept as {path}.{number}")
+
+
 def cut_back(path, step):
     """Drop the lines of a metrics file that come after a step, where a resumed run goes on."""
     if path.exists():
@@ -531,6 +542,8 @@ def prepare(settings):
 
 TOLERANCE = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (0.05, 0.1)}  # largest relative difference of logits, of gradients
 SMOKE_STEPS, SMOKE_FALL = 30, 0.7   # training steps on one batch, after which its loss is to be below this share of the first
+SMOKE_AUGMENTATION = dict(rotate=10.0, scale=0.1, shear=0.1, shift=1.0, elastic=1.0)
+SMOKE_SAME = 0.98                   # least share of px and of labels: where rounding tips the edge of an ink box, a digit moves
 
 
 def smoke(settings):
@@ -550,9 +563,23 @@ def smoke(settings):
         """Largest difference, in units of the largest expected value. NaN where any value is."""
         return ((found.double().cpu() - expected).abs().max() / expected.abs().max()).item()
 
+    # Canvases, from the same random numbers and from the device's own
     digits = data.drawn_digits(500, seed=settings.seed)
-    options = data.canvas_options(settings.phase, *digits, settings.canvas_size, settings.max_digits, settings.min_distance)
-    canvas, cells = data.canvases(settings.phase, *digits, 32, torch.Generator().manual_seed(settings.seed), **options)
+    options = data.canvas_options(settings.phase, *digits, settings.canvas_size, settings.max_digits, settings.min_distance,
+                                  crowded=settings.crowded or 0.0, borders=settings.borders or 0.0)
+
+    def draw(place, source):
+        return data.canvases(settings.phase, *(tensor.to(place) for tensor in digits), 32,
+                             torch.Generator(source).manual_seed(settings.seed), SMOKE_AUGMENTATION, **options)
+
+    canvas, cells = draw("cpu", "cpu")
+    found, labels = (tensor.cpu() for tensor in draw(device, "cpu"))
+    same = min(((found.int() - canvas.int()).abs() <= 2).double().mean().item(), (labels == cells).double().mean().item())
+    check("canvases", same >= SMOKE_SAME, f"{percent(same)} as drawn on the CPU, at least {percent(SMOKE_SAME)} is right")
+    once, twice = draw(device, device), draw(device, device)
+    same = all(torch.equal(*pair) for pair in zip(once, twice))
+    check("random numbers", same, "one seed, one draw" if same else "one seed, two draws")
+
     torch.manual_seed(settings.seed)
     expected = ViT(model_config(settings, options)).double()
     right = expected(data.to_input(canvas).double())
@@ -665,7 +692,7 @@ def main(arguments=None):
         fail(error, 1)
     except KeyboardInterrupt:
         print()
-        fail("stopped before training began", 130)
+        fail("stopped", 130)
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
@@ -744,10 +771,7 @@ def run(given):
     elif rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            for old in (log_path, path):
-                if old.exists():
-                    os.replace(old, f"{old}.prev")
-                    print(f"{old} is another run's: kept as {old}.prev")
+            keep_beside(log_path, path)
         log_path.unlink(missing_ok=True)  # of a run that never came to save anything
 
     # Train
