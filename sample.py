@@ -165,8 +165,8 @@ def figures(truth, best, classes, mark=""):
                      f"{share((digit & (truth == best))[of].sum().item(), digit[of].sum().item()):>14}")
     if size > classes:
         pairs, digits_there, digits_read = found_nearby(truth, best, classes), digit.sum().item(), (best < classes).sum().item()
-        lines += ["", f"Digits found and read, at most one cell off: recall {share(pairs, digits_there)},",
-                  f"precision {share(pairs, digits_read)}, F1 {share(2 * pairs, digits_there + digits_read)}"]
+        lines += ["", f"Digits, at most one cell off: recall {share(pairs, digits_there)}, precision {share(pairs, digits_read)}, "
+                  f"F1 {share(2 * pairs, digits_there + digits_read)}"]
     return lines
 
 

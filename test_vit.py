@@ -1643,7 +1643,7 @@ def test_figures():
         "    0    1    .     .  100.00%    33.33%", "    1    1    1     .   50.00%   100.00%", "empty    1    .     2   66.67%   100.00%",
         "", "digits on a canvas  canvases  all right  digits right", "                 0         1      0.00%             -",
         "                 1         1    100.00%       100.00%", "                 2         1      0.00%        50.00%",
-        "", "Digits found and read, at most one cell off: recall 66.67%,", "precision 50.00%, F1 57.14%"]
+        "", "Digits, at most one cell off: recall 66.67%, precision 50.00%, F1 57.14%"]
     assert sample.figures(truth[2:], truth[2:], 2, " (drawn digits)")[1].startswith("Cells (drawn digits): what")
     many = torch.arange(11).repeat(640_000 // 11 + 1)[:640_000].view(10_000, 8, 8)
     assert max(map(len, sample.figures(many, many, 10))) <= 80
