@@ -544,6 +544,11 @@ def to_input(canvases):
     return (canvases.float() / 255 + (canvases > 0)) / (2 * 0.34)
 
 
+def at_once(canvases):
+    """How many of the canvases (n, H, W) a model is to read at once: about a million px."""
+    return max(1, 2**20 // canvases[0].numel())
+
+
 def read(logits, empty=10):
     """Logits (n, gh, gw, classes) -> for each canvas a list of (digit, row, column, confidence) in reading order, one
     for each cell whose most probable class is not `empty` (None: every cell holds a digit)."""

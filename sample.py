@@ -73,8 +73,7 @@ def load(path):
 
 @torch.no_grad()
 def logits_of(model, canvases):
-    some = max(1, 2**20 // canvases[0].numel())  # about a million px at a time
-    return torch.cat([model(data.to_input(batch)) for batch in canvases.split(some)])
+    return torch.cat([model(data.to_input(batch)) for batch in canvases.split(data.at_once(canvases))])
 
 
 def compare(reading, truth, empty):

@@ -327,7 +327,7 @@ def evaluate(model, canvases, labels, classes, device, dtype, rank=0, processes=
     (n, gh, gw) of their cells, where labels below `classes` are digits. Each process takes its share of them."""
     model.eval()
     totals = torch.zeros(6, dtype=torch.float64)
-    some = max(1, 2**20 // canvases[0].numel())  # about a million px at a time
+    some = data.at_once(canvases)
     for canvas, label in zip(canvases[rank::processes].split(some), labels[rank::processes].split(some)):
         label = label.to(device)
         logits = predict(model, canvas.to(device), device, dtype)
