@@ -401,6 +401,28 @@ def load_checkpoint(path, phase):
     return checkpoint
 
 
+def check_fits(path, checkpoint, kind, config, free):
+    """Raise ValueError where a checkpoint is of another kind of digits, or of a model that differs in more than `free`."""
+    if checkpoint["data"] != kind:
+        raise ValueError(f"{path} was trained on {checkpoint['data']} digits, these are {kind} ones")
+    changed = [name for name, value in asdict(config).items() if name not in free and checkpoint["config"].get(name) != value]
+    if changed:
+        raise ValueError(f"{path} has another model: {', '.join(changed)} cannot change")
+
+
+def restore(path, checkpoint, model, averaged, **tensors):
+    """Copy a checkpoint's weights and tensors into those of a run. ValueError where they do not fit."""
+    try:
+        model.load_state_dict(checkpoint["model"])
+        averaged.load_state_dict(checkpoint["average"])
+        for name, tensor in tensors.items():
+            if checkpoint[name].shape != tensor.shape:
+                raise ValueError(f"{name} has {checkpoint[name].numel()} values, not {tensor.numel()}")
+            tensor.copy_(checkpoint[name])
+    except (RuntimeError, KeyError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be resumed: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+
+
 def seed_of(*key):
     """A seed that depends on nothing but the key."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
@@ -518,6 +540,16 @@ def model_config(settings, options):
                      cell=data.PHASES[settings.phase].cell, **{name: getattr(settings, name) for name in (
                          "patch_size", "overlap", "dim", "depth", "heads", "mlp_ratio", "positions", "window", "dropout",
                          "drop_path")})
+
+
+def training_options(settings, options):
+    """The options of training canvases: more digits than are evaluated teach more a second, and so do harder ones."""
+    if not data.has_empty_cells(settings.phase):
+        if settings.train_digits or settings.crowded or settings.borders:
+            raise ValueError(f"phase {settings.phase} has a digit in every cell: --train_digits, --crowded and --borders do not apply")
+        return options
+    most = max(options["max_digits"], min(settings.train_digits or 0, data.most_digits(options)))
+    return {**options, "max_digits": most, "crowded": settings.crowded or 0.0, "borders": settings.borders or 0.0}
 
 
 def prepare(settings):
@@ -715,22 +747,10 @@ def run(given):
     digits, test_set, canvas_asked, kind = prepare(settings)
     check_agreement(device, {**asdict(settings), "data_dir": None}, str(dtype), kind, checkpoint and checkpoint["step"], torch.__version__)
     options = data.canvas_options(settings.phase, *digits, **canvas_asked)
-    if checkpoint and checkpoint["data"] != kind:
-        raise ValueError(f"{path} was trained on {checkpoint['data']} digits, these are {kind} ones")
+    train_options = training_options(settings, options)
     config = model_config(settings, options)
-    train_options = dict(options)
-    if (settings.train_digits or settings.crowded or settings.borders) and not data.has_empty_cells(settings.phase):
-        raise ValueError(f"phase {settings.phase} has a digit in every cell: --train_digits, --crowded and --borders do not apply")
-    if settings.train_digits:  # more digits a canvas than are evaluated teach more a second
-        train_options["max_digits"] = max(options["max_digits"], min(settings.train_digits, data.most_digits(options)))
-    for name in ("crowded", "borders"):  # and so do harder ones
-        train_options[name] = getattr(settings, name) or 0.0
-    free = ("image_size", "dropout", "drop_path") if settings.eval_only else ()
-    changed = [name for name, value in asdict(config).items()
-               if checkpoint and name not in free and checkpoint["config"].get(name) != value]
-    if changed:
-        raise ValueError(f"{path} has another model: {', '.join(changed)} cannot change")
     if checkpoint:
+        check_fits(path, checkpoint, kind, config, free=("image_size", "dropout", "drop_path") if settings.eval_only else ())
         trained = ViT.load(path).to(device)  # refuses tensors that do not fit, before a model of that size takes memory
 
     def evaluation(model, **when):
@@ -756,16 +776,8 @@ def run(given):
     step, seconds_before, train_seconds = 0, 0.0, 0.0
     log_path = path.with_name("metrics.jsonl")
     if checkpoint:
-        try:
-            model.load_state_dict(checkpoint["model"])
-            averaged.load_state_dict(checkpoint["average"])
-            for tensor, name in ((mean, "mean"), (square, "square"), (sums, "sums")):
-                if checkpoint[name].shape != tensor.shape:
-                    raise ValueError(f"{name} has {checkpoint[name].numel()} values, not {tensor.numel()}")
-                tensor.copy_(checkpoint[name])
-            since, step, seconds_before, train_seconds = (checkpoint[key] for key in ("since", "step", "seconds", "train_seconds"))
-        except (RuntimeError, KeyError, AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} cannot be resumed: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+        restore(path, checkpoint, model, averaged, mean=mean, square=square, sums=sums)
+        since, step, seconds_before, train_seconds = (checkpoint[key] for key in ("since", "step", "seconds", "train_seconds"))
         if rank == 0:
             cut_back(log_path, step)
     elif rank == 0:
