@@ -1076,14 +1076,14 @@ def test_overfits_64_canvases(drawn, phase):
 
 @pytest.fixture
 def few_digits(tmp_path, monkeypatch, drawn):
-    """A folder of a small data set, and flags for a run of seconds on it."""
+    """A folder of a small data set, and flags for a run of seconds on it: on the CPU, where the same run has the same bits."""
     folder = tmp_path / "digits"
     folder.mkdir()
     write_mnist(folder, drawn[0][:1500], drawn[1][:1500], "train")
     write_mnist(folder, drawn[0][1500:], drawn[1][1500:], "test")
     monkeypatch.setattr(data, "TEST_CANVASES", 100)
     return [f"--data_dir={folder}", f"--out_dir={tmp_path / 'out'}", "--dim=16", "--depth=1", "--heads=1", "--batch_size=16",
-            "--log_every=4", "--save_every=0"]
+            "--log_every=4", "--save_every=0", "--device=cpu"]
 
 
 def metrics(out):
@@ -1357,6 +1357,20 @@ def test_a_captured_step_is_the_same_run(few_digits, tmp_path, monkeypatch, caps
     assert_same_run(tmp_path / "out", tmp_path / "undisturbed")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("phase", data.PHASES)
+def test_a_real_graph_is_the_same_run(few_digits, tmp_path, monkeypatch, capsys, phase):
+    """Kernel by kernel the draws are the same, and the rest but for the last bits."""
+    flags = [*few_digits, f"--phase={phase}", "--max_steps=20", "--log_every=1", "--dropout=0.1", "--device=cuda", "--dtype=float32"]
+    train.main(flags)
+    assert "CUDA graph" not in capsys.readouterr().out
+    captured = [line["loss"] for line in metrics(tmp_path / "out")]
+    monkeypatch.setattr(train, "capture", lambda step, *_: step)
+    train.main(flags)
+    assert captured == pytest.approx([line["loss"] for line in metrics(tmp_path / "out")], rel=1e-3)
+    assert captured[-2] < captured[0]                               # the last is that of the evaluation
+
+
 def test_several_processes_capture_nothing(capsys):
     step, counter = (lambda: counter.add_(1)), torch.zeros(1)
     assert train.capture(step, types.SimpleNamespace(device=torch.device("cuda")), 2, counter) is step
@@ -1387,7 +1401,7 @@ def test_resume_with_other_flags(few_digits, tmp_path, capsys):
 
 def test_a_run_goes_on_in_another_place(few_digits, tmp_path):
     """Where the folder was moved, and to a machine without the device that the run was given."""
-    train.main([*few_digits, "--phase=1", "--max_steps=2", "--device=cpu"])
+    train.main([*few_digits, "--phase=1", "--max_steps=2"])
     checkpoint = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
     checkpoint["settings"].update(device="cuda:7", wandb=True)
     torch.save(checkpoint, tmp_path / "out" / "ckpt.pt")
