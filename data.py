@@ -267,9 +267,10 @@ def ink_box(images):
     return top, left, height, width
 
 
-def augment(images, rand, rotate=0.0, scale=0.0, shear=0.0, shift=0.0, elastic=0.0, side=FRAME):
+def augment(images, rand, rotate=0.0, scale=0.0, shear=0.0, shift=0.0, elastic=0.0, elastic_points=5, side=FRAME):
     """Each digit turned by up to `rotate` degrees, scaled and sheared by up to those shares, moved by up to `shift` px
-    and bent by up to `elastic` px (Simard 2003: displacements that change smoothly over the image).
+    and bent by up to `elastic` px (Simard 2003: displacements that change smoothly over the image, here between random ones
+    at `elastic_points` x `elastic_points` points: the fewer, the smoother).
 
     images: uint8 (n, 28, 28), and the same comes back. rand: gives random numbers from 0 to 1, (n, *shape). A digit whose ink
     would grow past `side` px, or leave the frame, is scaled down or moved back until it does not; what bending still carries
@@ -307,10 +308,10 @@ def augment(images, rand, rotate=0.0, scale=0.0, shear=0.0, shift=0.0, elastic=0
     weights = [inverse, -inverse @ move[:, :, None]]
     basis = [y.repeat(FRAME, 1), y[:, None].repeat(1, FRAME), torch.ones(FRAME, FRAME, device=device)]
     if elastic:
-        points = torch.eye(5, device=device)[None, :, :, None]                  # bicubic between 5 x 5 random points:
-        smooth = F.interpolate(points, (FRAME, 1), mode="bicubic")[0, :, :, 0]  # (5, 28), the weights along each axis
+        points = torch.eye(elastic_points, device=device)[None, :, :, None]     # bicubic between them:
+        smooth = F.interpolate(points, (FRAME, 1), mode="bicubic")[0, :, :, 0]  # (points, 28), the weights along each axis
         basis.extend((smooth[:, None, :, None] * smooth[None, :, None]).flatten(0, 1))
-        weights.append(uniform(elastic / (FRAME / 2), 2, 25))
+        weights.append(uniform(elastic / (FRAME / 2), 2, elastic_points**2))
     grid = torch.cat(weights, dim=2) @ torch.stack(basis).flatten(1)            # (n, 2, 28 * 28)
     grid = grid.unflatten(2, (FRAME, FRAME)).permute(0, 2, 3, 1)
     # Interpolation leaves a faint fringe: 197 px of a digit would have ink, on average, and not 150 as in MNIST. So there is

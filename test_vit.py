@@ -377,6 +377,18 @@ def test_augment_bends():
     assert wander.median() > 0.7 and wander.max() < 5 and (middle.mean() - 13.5).abs() < 0.1
 
 
+def test_augment_bends_smoothly():
+    """With fewer points a bar takes fewer turns."""
+    bar = torch.zeros(500, 28, 28, dtype=torch.uint8)
+    bar[:, 4:24, 13:15] = 255
+    turns = []
+    for points in (2, 3, 5, 9):
+        bent = data.augment(bar, randoms(len(bar)), elastic=1.5, elastic_points=points)[:, 8:20].float()
+        middle = (bent * torch.arange(28)).sum(2) / bent.sum(2)                 # (500, 12): of each row
+        turns.append(middle.diff(n=2).abs().mean().item())
+    assert turns[0] < 0.7 * turns[1] < 0.5 * turns[2] < 0.4 * turns[3]
+
+
 def test_augment_of_nothing_is_nothing(drawn):
     for side in (20, 28):
         assert torch.equal(data.augment(drawn[0], randoms(len(drawn[0])), side=side), drawn[0])

@@ -95,6 +95,7 @@ class Settings:
     shear: Optional[float] = None           # share, most that it is sheared
     shift: Optional[float] = None           # px, most that it is moved within its frame
     elastic: Optional[float] = None         # px, most that it is bent
+    elastic_points: int = 5                 # random points along a side, between which it is bent smoothly: fewer are smoother
 
 
 # What a phase gets by default. Together with data.PHASES, this is all that the program knows of phases. Where digits are
@@ -117,6 +118,7 @@ LIMITS = {  # lowest and highest sensible values; ViTConfig and data.canvas_opti
     "save_every": (0, 1e12), "seed": (0, 1e18), "val_digits": (0, 1e12), "lr": (0, 1e12), "warmup": (0, 1), "weight_decay": (0, 1e12),
     "beta1": (0, 0.999999), "beta2": (0, 0.999999), "grad_clip": (0, 1e12), "average": (0, 1), "train_digits": (0, 1e6),
     "crowded": (0, 1), "borders": (0, 1), "rotate": (0, 180), "scale": (0, 0.9), "shear": (0, 2), "shift": (0, 14), "elastic": (0, 14),
+    "elastic_points": (2, 28),
 }
 
 
@@ -795,8 +797,7 @@ def run(given):
     part = slice(rank * settings.batch_size // processes, (rank + 1) * settings.batch_size // processes)
     images, labels = (tensor.to(device) for tensor in digits)
     augmentation = {name: getattr(settings, name) for name in ("rotate", "scale", "shear", "shift", "elastic")}
-    if not any(augmentation.values()):
-        augmentation = None
+    augmentation = {**augmentation, "elastic_points": settings.elastic_points} if any(augmentation.values()) else None
     forward = torch.compile(model) if settings.compile else model
     if settings.compile:  # now, so that the clock of the training does not count it
         blank = torch.zeros(part.stop - part.start, options["size"], options["size"], dtype=torch.uint8, device=device)
