@@ -1369,20 +1369,6 @@ def test_a_captured_step_is_the_same_run(few_digits, tmp_path, monkeypatch, caps
     assert_same_run(tmp_path / "out", tmp_path / "undisturbed")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("phase", data.PHASES)
-def test_a_real_graph_is_the_same_run(few_digits, tmp_path, monkeypatch, capsys, phase):
-    """Kernel by kernel the draws are the same, and the rest but for the last bits."""
-    flags = [*few_digits, f"--phase={phase}", "--max_steps=20", "--log_every=1", "--dropout=0.1", "--device=cuda", "--dtype=float32"]
-    train.main(flags)
-    assert "CUDA graph" not in capsys.readouterr().out
-    captured = [line["loss"] for line in metrics(tmp_path / "out")]
-    monkeypatch.setattr(train, "capture", lambda step, *_: step)
-    train.main(flags)
-    assert captured == pytest.approx([line["loss"] for line in metrics(tmp_path / "out")], rel=1e-3)
-    assert captured[-2] < captured[0]                               # the last is that of the evaluation
-
-
 def test_several_processes_capture_nothing(capsys):
     step, counter = (lambda: counter.add_(1)), torch.zeros(1)
     assert train.capture(step, types.SimpleNamespace(device=torch.device("cuda")), 2, counter) is step
