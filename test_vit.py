@@ -1141,6 +1141,15 @@ def test_phase_3_trains_on_harder_canvases_than_it_is_evaluated_on(few_digits, t
     assert ViT.load(tmp_path / "out" / "ckpt.pt").config.window == 2
 
 
+def test_training_digits_are_augmented_as_told(few_digits, monkeypatch):
+    told, augment = [], data.augment
+    monkeypatch.setattr(data, "augment", lambda images, rand, **how: told.append(how) or augment(images, rand, **how))
+    train.main([*few_digits, "--phase=3", "--max_steps=1", "--rotate=7", "--elastic=1.5", "--elastic_points=3"])
+    train.main([*few_digits, "--phase=3", "--max_steps=1"])         # by default not at all
+    assert len(told) == 1 and told[0].pop("side") <= 28
+    assert told[0] == dict(rotate=7, scale=0, shear=0, shift=0, elastic=1.5, elastic_points=3)
+
+
 @pytest.mark.parametrize("phase", data.PHASES)
 def test_resume_is_the_run_that_was_never_stopped(few_digits, tmp_path, phase, monkeypatch):
     flags = [*few_digits, f"--phase={phase}", "--max_steps=12", "--eval_every=6", "--dropout=0.1"]
