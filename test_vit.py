@@ -366,26 +366,32 @@ def test_augment_keeps_the_size_of_digits_that_fill_their_box():
     assert height.float().mean() > 19 and height.max() == 20
 
 
-def test_augment_bends():
-    """A straight bar no longer is one; the middle of its rows' ink wanders, but by no more than it was told to."""
+def upright_bars():
     bar = torch.zeros(500, 28, 28, dtype=torch.uint8)
     bar[:, 4:24, 13:15] = 255
+    return bar
+
+
+def middles(images):
+    """Of the ink of each row of images (n, h, 28): (n, h), px."""
+    return (images.float() * torch.arange(28)).sum(2) / images.float().sum(2)
+
+
+def test_augment_bends():
+    """A straight bar no longer is one; the middle of its rows' ink wanders, but by no more than it was told to."""
+    bar = upright_bars()
     assert torch.equal(data.augment(bar, randoms(len(bar))), bar)
-    bent = data.augment(bar, randoms(len(bar)), elastic=2)[:, 6:22].float()
-    middle = (bent * torch.arange(28)).sum(2) / bent.sum(2)                     # (500, 16): of each row
+    middle = middles(data.augment(bar, randoms(len(bar)), elastic=2)[:, 6:22])                      # (500, 16)
     wander = middle.amax(1) - middle.amin(1)
     assert wander.median() > 0.7 and wander.max() < 5 and (middle.mean() - 13.5).abs() < 0.1
 
 
 def test_augment_bends_smoothly():
     """With fewer points a bar takes fewer turns."""
-    bar = torch.zeros(500, 28, 28, dtype=torch.uint8)
-    bar[:, 4:24, 13:15] = 255
-    turns = []
+    bar, turns = upright_bars(), []
     for points in (2, 3, 5, 9):
-        bent = data.augment(bar, randoms(len(bar)), elastic=1.5, elastic_points=points)[:, 8:20].float()
-        middle = (bent * torch.arange(28)).sum(2) / bent.sum(2)                 # (500, 12): of each row
-        turns.append(middle.diff(n=2).abs().mean().item())
+        bent = data.augment(bar, randoms(len(bar)), elastic=1.5, elastic_points=points)
+        turns.append(middles(bent[:, 8:20]).diff(n=2).abs().mean().item())
     assert turns[0] < 0.7 * turns[1] < 0.5 * turns[2] < 0.4 * turns[3]
 
 
