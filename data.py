@@ -267,7 +267,7 @@ def ink_box(images):
     return top, left, height, width
 
 
-def augment(images, rand, rotate=0.0, scale=0.0, shear=0.0, shift=0.0, elastic=0.0, elastic_points=5, side=FRAME):
+def augment(images, rand, rotate=0.0, scale=0.0, shear=0.0, shift=0.0, elastic=0.0, elastic_points=3, side=FRAME):
     """Each digit turned by up to `rotate` degrees, scaled and sheared by up to those shares, moved by up to `shift` px
     and bent by up to `elastic` px (Simard 2003: displacements that change smoothly over the image, here between random ones
     at `elastic_points` x `elastic_points` points: the fewer, the smoother).
@@ -389,13 +389,13 @@ def canvas_options(phase, images, labels, size=None, max_digits=None, min_distan
             "crowded": crowded, "borders": borders}
 
 
-def canvases(phase, images, labels, n, generator, augmentation=None, part=slice(None), **options):
-    """n canvases of a phase, with digits drawn uniformly from uint8 (N, 28, 28) images and int64 (N,) labels.
+def canvases(phase, images, labels, n, generator, augmentation=None, part=slice(None), weights=None, **options):
+    """n canvases of a phase, with digits drawn from uint8 (N, 28, 28) images and int64 (N,) labels.
 
     generator: on the device of the images, or on another, whose random numbers are then carried over. augmentation:
     keywords of `augment`, or None. part: which of the n to return, the same as they are among all n: processes share a
-    batch so. options: see `canvas_options`; pass its result to leave nothing to be worked out (and, on a GPU, waited
-    for) at each call.
+    batch so. weights: float (N,), how often each digit is drawn, in proportion; None: all alike. options: see
+    `canvas_options`; pass its result to leave nothing to be worked out (and, on a GPU, waited for) at each call.
     Returns uint8 (n, H, W) canvases and int64 (n, gh, gw) cell labels, where the class after the last is "empty".
     """
     options = canvas_options(phase, images, labels, **options)
@@ -408,31 +408,35 @@ def canvases(phase, images, labels, n, generator, augmentation=None, part=slice(
     def randint(below, *shape):
         return torch.randint(below, (n, *shape), generator=generator, device=generator.device)[part].to(images.device)
 
-    return layout(PHASES[phase].cell, images, labels, rand, randint, augmentation, **options)
+    return layout(PHASES[phase].cell, images, labels, weights, rand, randint, augmentation, **options)
 
 
-def pick(images, labels, k, rand, randint, augmentation, side=FRAME):
-    """k digits for each of n canvases, drawn uniformly, augmented: (n, k, 28, 28), (n, k)."""
-    chosen = randint(len(images), k)                                        # (n, k)
+def pick(images, labels, k, weights, rand, randint, augmentation, side=FRAME):
+    """k digits for each of n canvases, augmented: (n, k, 28, 28), (n, k)."""
+    if weights is None:
+        chosen = randint(len(images), k)                                    # (n, k)
+    else:
+        sums = weights.cumsum(0)
+        chosen = torch.searchsorted(sums, rand(k) * sums[-1], right=True).clamp_(max=len(images) - 1)
     digits = images[chosen.flatten()]
     if augmentation is not None:
         digits = augment(digits, lambda *shape: rand(k, *shape).flatten(0, 1), side=side, **augmentation)
     return digits.view(*chosen.shape, FRAME, FRAME), labels[chosen]
 
 
-def in_every_cell(cell, images, labels, rand, randint, augmentation, size, classes):
+def in_every_cell(cell, images, labels, weights, rand, randint, augmentation, size, classes):
     """A digit in every cell, its frame on the cell."""
     grid = size // cell
-    digits, digit_labels = pick(images, labels, grid * grid, rand, randint, augmentation)
+    digits, digit_labels = pick(images, labels, grid * grid, weights, rand, randint, augmentation)
     canvas = digits.unflatten(1, (grid, grid)).transpose(2, 3).reshape(len(digits), size, size)
     return canvas, digit_labels.unflatten(1, (grid, grid))
 
 
-def scattered(cell, images, labels, rand, randint, augmentation, size, classes, max_digits, min_distance, ink, crowded,
-              borders):
+def scattered(cell, images, labels, weights, rand, randint, augmentation, size, classes, max_digits, min_distance, ink,
+              crowded, borders):
     """0 to max_digits digits anywhere; the cell that holds the centre of a digit's ink box has its label."""
     device, grid = images.device, size // cell
-    digits, digit_labels = pick(images, labels, max_digits, rand, randint, augmentation, side=ink)
+    digits, digit_labels = pick(images, labels, max_digits, weights, rand, randint, augmentation, side=ink)
     n = len(digits)
     count = randint(max_digits + 1, 1)                                                     # (n, 1)
     if crowded:

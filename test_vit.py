@@ -7,6 +7,7 @@ import http.server
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -519,6 +520,22 @@ def test_same_seed_same_canvases(drawn, phase):
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1]) and not torch.equal(first[0], other[0])
 
 
+@pytest.mark.parametrize("phase", data.PHASES)
+def test_digits_are_drawn_in_proportion_to_their_weights(phase):
+    images, labels, _ = plates(10)
+    weights = torch.tensor([0, 0.3, 0, 0.1, 0.2, 0, 0, 0.6, 0.3, 0])
+    for part in (slice(None), slice(1000, 3000)):
+        _, cells = data.canvases(phase, images, labels, 4000, seeded(), part=part, weights=weights)
+        counts = cells.flatten().bincount(minlength=11)[:10]
+        expected = counts.sum() * weights / weights.sum()
+        assert (counts[weights == 0] == 0).all()
+        assert ((counts - expected) ** 2 / expected)[weights > 0].sum() < 23        # chi-square: 1e-4 at 4 degrees of freedom
+    whole = data.canvases(phase, images, labels, 4000, seeded(), weights=weights)
+    assert torch.equal(whole[1][1000:3000], cells)
+    scaled = data.canvases(phase, images, labels, 4000, seeded(), weights=1000 * weights)
+    assert all(torch.equal(*pair) for pair in zip(whole, scaled))
+
+
 def test_test_canvases_are_the_same_everywhere():
     images, labels, _ = plates()
     assert data.test_canvases(1, images, labels, size=56)[1].shape == (10_000, 2, 2)
@@ -989,6 +1006,13 @@ def test_learning_rate_rises_then_falls_to_zero():
     assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == 2.0 and rates[55] == pytest.approx(1.0) and rates[100] == 0
 
 
+def test_sampling_weights():
+    losses = torch.tensor([0.01, 0.04, 0.36, 0.01])
+    torch.testing.assert_close(train.sampling_weights(losses, 0.6), 0.6 * torch.tensor([0.1, 0.2, 0.6, 0.1]) + 0.4 / 4)
+    assert torch.equal(train.sampling_weights(losses, 0.0), torch.full((4,), 0.25))
+    assert torch.equal(train.sampling_weights(torch.zeros(4), 1.0), torch.full((4,), 0.25))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Devices
 
@@ -1150,10 +1174,48 @@ def test_phase_3_trains_on_harder_canvases_than_it_is_evaluated_on(few_digits, t
 def test_training_digits_are_augmented_as_told(few_digits, monkeypatch):
     told, augment = [], data.augment
     monkeypatch.setattr(data, "augment", lambda images, rand, **how: told.append(how) or augment(images, rand, **how))
-    train.main([*few_digits, "--phase=3", "--max_steps=1", "--rotate=7", "--elastic=1.5", "--elastic_points=3"])
+    train.main([*few_digits, "--phase=3", "--max_steps=1", "--rotate=7", "--elastic=1.5", "--elastic_points=4"])
     train.main([*few_digits, "--phase=3", "--max_steps=1"])         # by default not at all
     assert len(told) == 1 and told[0].pop("side") <= 28
-    assert told[0] == dict(rotate=7, scale=0, shear=0, shift=0, elastic=1.5, elastic_points=3)
+    assert told[0] == dict(rotate=7, scale=0, shear=0, shift=0, elastic=1.5, elastic_points=4)
+
+
+@pytest.mark.parametrize("phase", data.PHASES)
+def test_training_remembers_how_hard_a_digit_was(few_digits, tmp_path, phase, monkeypatch):
+    """Each digit's loss in the cell that holds it, averaged with what was known of it, which at first is that of a guess."""
+    calls, canvases = [], data.canvases
+    monkeypatch.setattr(data, "canvases", lambda *given, **options: calls.append(canvases(*given, **options)) or calls[-1])
+    train.main([*few_digits, f"--phase={phase}", "--max_steps=1", "--lr=0", "--dtype=float32"])     # so the model stays the same
+    checkpoint = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+    images, labels = data.load_mnist(few_digits[0].split("=")[1], "train")
+    canvas, which = calls[-1]                                       # those before are evaluated
+    logits = ViT.load(tmp_path / "out" / "ckpt.pt")(data.to_input(canvas)).detach()
+    known = {}
+    for logit, number in zip(logits.flatten(0, 2), which.flatten().tolist()):
+        if number < len(images):
+            known.setdefault(number, [math.log(10)]).append(min(math.log(10), -logit.log_softmax(-1)[labels[number]].item()))
+    expected = torch.full((len(images),), math.log(10))
+    for number, losses in known.items():
+        expected[number] = sum(losses) / len(losses)
+    assert len(known) > 10 and len(checkpoint["hardness"]) == len(images) + 1
+    torch.testing.assert_close(checkpoint["hardness"][:-1], expected)
+
+
+def test_hard_digits_are_trained_on_more_often(few_digits, tmp_path, monkeypatch):
+    """Here, those that say something else than what they show."""
+    folder = Path(few_digits[0].split("=")[1])
+    images, labels = data.load_mnist(folder, "train")
+    labels[:100] = (labels[:100] + 1) % 10
+    write_mnist(folder, images, labels, "train")
+    drawn_of = {}
+    for hard in (0.0, 0.7):
+        numbers, canvases = [], data.canvases
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "canvases", lambda *given, **options: numbers.append(canvases(*given, **options)) or numbers[-1])
+            train.main([*few_digits, "--phase=1", "--max_steps=300", "--batch_size=64", "--dim=32", "--lr=1e-2", f"--hard={hard}"])
+        late = torch.cat([which.flatten() for _, which in numbers[-100:]])
+        drawn_of[hard] = (late < 100).float().mean().item()
+    assert drawn_of[0.0] == pytest.approx(100 / 1500, abs=0.02) and drawn_of[0.7] > 2 * drawn_of[0.0], drawn_of
 
 
 @pytest.mark.parametrize("phase", data.PHASES)
@@ -1179,7 +1241,7 @@ def test_resume_is_the_run_that_was_never_stopped(few_digits, tmp_path, phase, m
         file.write('{"event": "train", "step": 10}\n{"event": "tra')
     train.main([*few_digits, f"--phase={phase}", "--resume"])  # the rest of the flags is in the checkpoint
     resumed, lines = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True), metrics(tmp_path / "out")
-    for name in ("mean", "square", "step"):
+    for name in ("mean", "square", "hardness", "step"):
         assert torch.equal(torch.as_tensor(whole[name]), torch.as_tensor(resumed[name]))
     for name in ("model", "average"):
         assert all(torch.equal(tensor, resumed[name][key]) for key, tensor in whole[name].items())
@@ -1192,7 +1254,7 @@ def comparable(out):
     """What a run leaves, times aside."""
     checkpoint = torch.load(out / "ckpt.pt", weights_only=True)
     tensors = {f"{part} {name}": tensor for part in ("model", "average") for name, tensor in checkpoint[part].items()}
-    tensors |= {name: torch.as_tensor(checkpoint[name]) for name in ("mean", "square", "step")}
+    tensors |= {name: torch.as_tensor(checkpoint[name]) for name in ("mean", "square", "hardness", "step")}
     timed = ("seconds", "train_seconds", "images_per_second")
     return tensors, [{k: v for k, v in line.items() if k not in timed} for line in metrics(out)]
 
@@ -1408,7 +1470,7 @@ def test_resume_with_other_flags(few_digits, tmp_path, capsys):
     train.main([*few_digits, "--phase=1", "--max_steps=4"])
     train.main([*few_digits, "--phase=1", "--max_steps=8", "--lr=1e-4", "--batch_size=8", "--rotate=0", "--resume"])
     settings = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["settings"]
-    assert [settings[name] for name in ("max_steps", "lr", "batch_size", "rotate", "shear")] == [8, 1e-4, 8, 0, 0.1]
+    assert [settings[name] for name in ("max_steps", "lr", "batch_size", "rotate", "shear")] == [8, 1e-4, 8, 0, 0.15]
     assert metrics(tmp_path / "out")[-2]["step"] == 8 and metrics(tmp_path / "out")[-2]["lr"] < 1e-4
 
 

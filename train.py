@@ -90,12 +90,13 @@ class Settings:
     train_digits: Optional[int] = None      # phase 3: most digits on a training canvas, as far as they surely fit
     crowded: Optional[float] = None         # phase 3: share of training canvases that hold as many digits as they may
     borders: Optional[float] = None         # phase 3: share of training digits that are moved beside the border of a cell
+    hard: float = 0.7                       # share of training digits drawn by how hard they have been, the others uniformly
     rotate: Optional[float] = None          # degrees, most that a training digit is turned
     scale: Optional[float] = None           # share, most that it is scaled up or down
     shear: Optional[float] = None           # share, most that it is sheared
     shift: Optional[float] = None           # px, most that it is moved within its frame
     elastic: Optional[float] = None         # px, most that it is bent
-    elastic_points: int = 5                 # random points along a side, between which it is bent smoothly: fewer are smoother
+    elastic_points: int = 3                 # random points along a side, between which it is bent smoothly: fewer are smoother
 
 
 # What a phase gets by default. Together with data.PHASES, this is all that the program knows of phases. Where digits are
@@ -103,12 +104,12 @@ class Settings:
 # than those that see all 28, with the same loss on training digits; patches of 7 px do so still more, but take twice as
 # long. Phase 3 is about where a digit is, to half a px, rather than which: in a short run augmentation only makes that harder.
 DEFAULTS = {
-    1: dict(max_steps=13_000, batch_size=256, eval_every=5_000, lr=7e-3,
+    1: dict(max_steps=9_500, batch_size=256, eval_every=3_000, lr=7e-3,
             patch_size=14, overlap=3, dim=64, depth=4, heads=1, positions="learned", window=0,
-            rotate=10.0, scale=0.1, shear=0.1, shift=1.0, elastic=1.0),
-    2: dict(max_steps=10_500, batch_size=128, eval_every=3_500, lr=4e-3,
+            rotate=15.0, scale=0.15, shear=0.15, shift=1.0, elastic=1.5),
+    2: dict(max_steps=9_000, batch_size=128, eval_every=3_000, lr=4e-3,
             patch_size=14, overlap=3, dim=64, depth=4, heads=1, positions="learned", window=0,
-            rotate=10.0, scale=0.1, shear=0.1, shift=1.0, elastic=0.7),
+            rotate=15.0, scale=0.15, shear=0.15, shift=1.0, elastic=1.5),
     3: dict(max_steps=3_200, batch_size=64, eval_every=1_500, lr=8e-3, train_digits=9, crowded=0.5, borders=0.5,
             patch_size=8, overlap=2, dim=96, depth=4, heads=4, positions="rotary", window=3,
             rotate=0.0, scale=0.0, shear=0.0, shift=0.0, elastic=0.0),
@@ -117,7 +118,7 @@ LIMITS = {  # lowest and highest sensible values; ViTConfig and data.canvas_opti
     "epochs": (1e-9, 1e9), "max_steps": (1, 1e12), "batch_size": (1, 65_536), "log_every": (1, 1e12), "eval_every": (0, 1e12),
     "save_every": (0, 1e12), "seed": (0, 1e18), "val_digits": (0, 1e12), "lr": (0, 1e12), "warmup": (0, 1), "weight_decay": (0, 1e12),
     "beta1": (0, 0.999999), "beta2": (0, 0.999999), "grad_clip": (0, 1e12), "average": (0, 1), "train_digits": (0, 1e6),
-    "crowded": (0, 1), "borders": (0, 1), "rotate": (0, 180), "scale": (0, 0.9), "shear": (0, 2), "shift": (0, 14), "elastic": (0, 14),
+    "crowded": (0, 1), "borders": (0, 1), "hard": (0, 1), "rotate": (0, 180), "scale": (0, 0.9), "shear": (0, 2), "shift": (0, 14), "elastic": (0, 14),
     "elastic_points": (2, 28),
 }
 
@@ -239,6 +240,13 @@ def learning_rate(step, settings):
     """Of step 0, 1, ...: a linear rise over the first `warmup` of the run, then a linear fall to 0 at its end."""
     rise = settings.warmup * settings.max_steps
     return settings.lr * min((step + 1) / max(rise, 1), (settings.max_steps - step) / max(settings.max_steps - rise, 1))
+
+
+def sampling_weights(losses, hard):
+    """How often to draw each of N digits, whose losses (N,) so far are known: a share `hard` of all in proportion to the
+    root of that, the others uniformly, so that each comes again (after Loshchilov 2016, arXiv:1511.06343)."""
+    root = (losses + 1e-8).sqrt()           # where nothing is hard, all are drawn alike
+    return hard * root / root.sum() + (1 - hard) / len(root)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -393,7 +401,7 @@ def load_checkpoint(path, phase):
         raise ValueError(f"{path} was written by another version of train.py")
     kinds = {"phase": int, "data": str, "canvas": dict, "config": dict, "step": int, "since": int, "seconds": float,
              "train_seconds": float, "model": dict, "average": dict, "mean": torch.Tensor, "square": torch.Tensor,
-             "sums": torch.Tensor}
+             "sums": torch.Tensor, "hardness": torch.Tensor}
     odd = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name), kind)]
     odd += [name for name, value in checkpoint["settings"].items() if type(value) not in (get_args(hints[name]) or (hints[name],))]
     if odd or not 0 <= checkpoint["since"] <= checkpoint["step"]:
@@ -769,16 +777,21 @@ def run(given):
     torch.manual_seed(settings.seed)
     model = ViT(config).to(device)
     averaged = copy.deepcopy(model).eval()
-    weights, reduced, matrices = flatten(model, notes=4)
-    gradients, notes = reduced[:len(weights)], reduced[len(weights):]  # notes: loss, digits, digits right, wish to stop
+    cells_of_batch = settings.batch_size * test_set[1][0].numel()
+    weights, reduced, matrices = flatten(model, notes=4 + 2 * cells_of_batch)
+    gradients, notes, seen = reduced.split((len(weights), 4, 2 * cells_of_batch))
+    # notes: loss, digits, digits right, wish to stop. seen: of each cell which digit it holds, and its loss
     average, _, _ = flatten(averaged)
     mean, square = torch.zeros_like(weights), torch.zeros_like(weights)
     sums, since = torch.zeros(3, device=device), 0                     # of loss, digits and digits right, since the last log line
     alarms = torch.zeros(2, device=device)                             # steps that were not finite, wishes to stop
+    # Of each training digit the loss, of late, where it was seen, at first and at most that of a guess; then of empty cells
+    guess = math.log(options["classes"])
+    hardness = torch.full((len(digits[0]) + 1,), guess, device=device)
     step, seconds_before, train_seconds = 0, 0.0, 0.0
     log_path = path.with_name("metrics.jsonl")
     if checkpoint:
-        restore(path, checkpoint, model, averaged, mean=mean, square=square, sums=sums)
+        restore(path, checkpoint, model, averaged, mean=mean, square=square, sums=sums, hardness=hardness)
         since, step, seconds_before, train_seconds = (checkpoint[key] for key in ("since", "step", "seconds", "train_seconds"))
         if rank == 0:
             cut_back(log_path, step)
@@ -796,6 +809,9 @@ def run(given):
           f"in {path.parent}" + (f", {processes} processes" if processes > 1 else ""))
     part = slice(rank * settings.batch_size // processes, (rank + 1) * settings.batch_size // processes)
     images, labels = (tensor.to(device) for tensor in digits)
+    numbers = torch.arange(len(images), device=device)              # digits are labelled by these, so that each is known again
+    train_options["classes"] = len(images)
+    class_of = F.pad(labels, (0, 1), value=options["classes"])      # of a number; the one after the last is that of empty cells
     augmentation = {name: getattr(settings, name) for name in ("rotate", "scale", "shear", "shift", "elastic")}
     augmentation = {**augmentation, "elastic_points": settings.elastic_points} if any(augmentation.values()) else None
     forward = torch.compile(model) if settings.compile else model
@@ -811,19 +827,21 @@ def run(given):
 
     def take_step():
         # Draw, forward, backward: this process's part of the batch
-        canvas, cells = data.canvases(settings.phase, images, labels, settings.batch_size, generator, augmentation, part,
-                                      **train_options)
+        canvas, which = data.canvases(settings.phase, images, numbers, settings.batch_size, generator, augmentation, part,
+                                      sampling_weights(hardness[:-1], settings.hard), **train_options)
+        cells = class_of[which]
         logits = predict(forward, canvas, device, dtype)
         # Most cells of phase 3 are empty, and all count alike: empty ones weighted 0.2 found more digits (91.1% against
         # 83.7%, after 400 steps of 128) but saw so many where there are none that exact canvases fell from 62.0% to
         # 51.2%. Canvases with more digits (train_digits) are the cure: 65.9%.
-        loss = F.cross_entropy(logits.flatten(0, 2), cells.flatten(), reduction="sum")
-        loss = loss / (settings.batch_size * cells[0].numel())
+        losses = F.cross_entropy(logits.flatten(0, 2), cells.flatten(), reduction="none")
+        loss = losses.sum() / cells_of_batch
         reduced.zero_()
         loss.backward()
         digit = cells < options["classes"]
         right = digit & (logits.argmax(-1) == cells)
         notes.copy_(torch.stack((loss.detach(), digit.sum(), right.sum(), dials[6])))
+        seen.view(2, settings.batch_size, -1)[:, part] = torch.stack((which.flatten(1), losses.detach().view(len(which), -1)))
         reduce(reduced)
 
         # Clip, AdamW, average. A step that is not finite changes nothing
@@ -837,8 +855,10 @@ def run(given):
         average.lerp_(weights, rates[5])
         sums.add_(notes[:3])
         alarms.add_(torch.stack((~finite, notes[3])))
+        numbers_seen, losses_seen = seen.view(2, -1)
+        hardness.scatter_reduce_(0, numbers_seen.long(), losses_seen.clamp(0, guess), "mean")   # of what it was and what it is
 
-    advance = capture(take_step, generator, processes, sums, alarms)
+    advance = capture(take_step, generator, processes, sums, alarms, hardness)
     first, spent, mark = step, 0.0, time.perf_counter()
     shown = saved = mark
     with open(log_path if rank == 0 else os.devnull, "a") as log, signals_noted() as noted:
@@ -900,7 +920,7 @@ def run(given):
                             "config": asdict(config), "settings": asdict(settings), "step": step,
                             "seconds": seconds_before + time.perf_counter() - started, "train_seconds": train_seconds,
                             "model": model.state_dict(), "average": averaged.state_dict(), "mean": mean, "square": square,
-                            "sums": sums, "since": since})
+                            "sums": sums, "since": since, "hardness": hardness})
                 saved = time.perf_counter()
             if stopping and not final:
                 reduce(alarms)  # that is, wait until the first process has saved
