@@ -8,8 +8,8 @@
     torchrun --standalone --nproc_per_node=8 train.py --phase=3      # 8 GPUs of one machine share each batch
 
 A run leaves ckpt.pt (see `save`) and metrics.jsonl (one JSON object a line) in --out_dir. Every random draw of a step
-is a function of (seed, step, purpose) alone, so that logging and evaluating change nothing and a resumed run is the
-run that was never stopped.
+is a function of (seed, step, purpose) alone, and which digits it picks, of their losses so far as well, which are saved:
+logging and evaluating change nothing, and a resumed run is the run that was never stopped.
 """
 import argparse
 import contextlib
@@ -90,7 +90,7 @@ class Settings:
     train_digits: Optional[int] = None      # phase 3: most digits on a training canvas, as far as they surely fit
     crowded: Optional[float] = None         # phase 3: share of training canvases that hold as many digits as they may
     borders: Optional[float] = None         # phase 3: share of training digits that are moved beside the border of a cell
-    hard: float = 0.7                       # share of training digits drawn by how hard they have been, the others uniformly
+    hard: float = 0.7                       # share of training digits drawn by how hard they have been; the others uniformly
     rotate: Optional[float] = None          # degrees, most that a training digit is turned
     scale: Optional[float] = None           # share, most that it is scaled up or down
     shear: Optional[float] = None           # share, most that it is sheared
@@ -118,8 +118,8 @@ LIMITS = {  # lowest and highest sensible values; ViTConfig and data.canvas_opti
     "epochs": (1e-9, 1e9), "max_steps": (1, 1e12), "batch_size": (1, 65_536), "log_every": (1, 1e12), "eval_every": (0, 1e12),
     "save_every": (0, 1e12), "seed": (0, 1e18), "val_digits": (0, 1e12), "lr": (0, 1e12), "warmup": (0, 1), "weight_decay": (0, 1e12),
     "beta1": (0, 0.999999), "beta2": (0, 0.999999), "grad_clip": (0, 1e12), "average": (0, 1), "train_digits": (0, 1e6),
-    "crowded": (0, 1), "borders": (0, 1), "hard": (0, 1), "rotate": (0, 180), "scale": (0, 0.9), "shear": (0, 2), "shift": (0, 14), "elastic": (0, 14),
-    "elastic_points": (2, 28),
+    "crowded": (0, 1), "borders": (0, 1), "hard": (0, 1), "rotate": (0, 180), "scale": (0, 0.9), "shear": (0, 2), "shift": (0, 14),
+    "elastic": (0, 14), "elastic_points": (2, 28),
 }
 
 
@@ -243,9 +243,9 @@ def learning_rate(step, settings):
 
 
 def sampling_weights(losses, hard):
-    """How often to draw each of N digits, whose losses (N,) so far are known: a share `hard` of all in proportion to the
-    root of that, the others uniformly, so that each comes again (after Loshchilov 2016, arXiv:1511.06343)."""
-    root = (losses + 1e-8).sqrt()           # where nothing is hard, all are drawn alike
+    """How often to draw each of N digits of such losses (N,), as shares of 1: a share `hard` of the draws goes by the root
+    of the loss, the others are uniform, so that every digit comes again (after Loshchilov 2016, arXiv:1511.06343)."""
+    root = (losses + 1e-8).sqrt()           # where all losses are 0, all digits are drawn alike
     return hard * root / root.sum() + (1 - hard) / len(root)
 
 
@@ -779,13 +779,14 @@ def run(given):
     averaged = copy.deepcopy(model).eval()
     cells_of_batch = settings.batch_size * test_set[1][0].numel()
     weights, reduced, matrices = flatten(model, notes=4 + 2 * cells_of_batch)
+    # notes: loss, digits, digits right, wish to stop. seen: which digit each cell of the batch holds, then the cells' losses
     gradients, notes, seen = reduced.split((len(weights), 4, 2 * cells_of_batch))
-    # notes: loss, digits, digits right, wish to stop. seen: of each cell which digit it holds, and its loss
     average, _, _ = flatten(averaged)
     mean, square = torch.zeros_like(weights), torch.zeros_like(weights)
     sums, since = torch.zeros(3, device=device), 0                     # of loss, digits and digits right, since the last log line
     alarms = torch.zeros(2, device=device)                             # steps that were not finite, wishes to stop
-    # Of each training digit the loss, of late, where it was seen, at first and at most that of a guess; then of empty cells
+    # The loss of each training digit, a moving average over the times that it is drawn; at first, and at most, that of a
+    # guess. One number more is that of empty cells, and of no use.
     guess = math.log(options["classes"])
     hardness = torch.full((len(digits[0]) + 1,), guess, device=device)
     step, seconds_before, train_seconds = 0, 0.0, 0.0
@@ -809,9 +810,10 @@ def run(given):
           f"in {path.parent}" + (f", {processes} processes" if processes > 1 else ""))
     part = slice(rank * settings.batch_size // processes, (rank + 1) * settings.batch_size // processes)
     images, labels = (tensor.to(device) for tensor in digits)
-    numbers = torch.arange(len(images), device=device)              # digits are labelled by these, so that each is known again
-    train_options["classes"] = len(images)
-    class_of = F.pad(labels, (0, 1), value=options["classes"])      # of a number; the one after the last is that of empty cells
+    # Training canvases are labelled with the digits' numbers, not their classes: so it is known whose a loss is
+    numbers = torch.arange(len(images), device=device)
+    train_options = {**train_options, "classes": len(images)}
+    class_of = F.pad(labels, (0, 1), value=options["classes"])         # (N + 1,): the number after the last is of empty cells
     augmentation = {name: getattr(settings, name) for name in ("rotate", "scale", "shear", "shift", "elastic")}
     augmentation = {**augmentation, "elastic_points": settings.elastic_points} if any(augmentation.values()) else None
     forward = torch.compile(model) if settings.compile else model
@@ -855,8 +857,8 @@ def run(given):
         average.lerp_(weights, rates[5])
         sums.add_(notes[:3])
         alarms.add_(torch.stack((~finite, notes[3])))
-        numbers_seen, losses_seen = seen.view(2, -1)
-        hardness.scatter_reduce_(0, numbers_seen.long(), losses_seen.clamp(0, guess), "mean")   # of what it was and what it is
+        number, loss = seen.view(2, -1)
+        hardness.scatter_reduce_(0, number.long(), loss.clamp(0, guess), "mean")       # of what it was and what it is now
 
     advance = capture(take_step, generator, processes, sums, alarms, hardness)
     first, spent, mark = step, 0.0, time.perf_counter()
