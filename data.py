@@ -394,8 +394,9 @@ def canvases(phase, images, labels, n, generator, augmentation=None, part=slice(
 
     generator: on the device of the images, or on another, whose random numbers are then carried over. augmentation:
     keywords of `augment`, or None. part: which of the n to return, the same as they are among all n: processes share a
-    batch so. weights: float (N,), how often each digit is drawn, in proportion; None: all alike. options: see
-    `canvas_options`; pass its result to leave nothing to be worked out (and, on a GPU, waited for) at each call.
+    batch so. weights: float (N,), on the device of the images: how often each digit is drawn, in proportion; None: all
+    alike. options: see `canvas_options`; pass its result to leave nothing to be worked out (and, on a GPU, waited for) at
+    each call.
     Returns uint8 (n, H, W) canvases and int64 (n, gh, gw) cell labels, where the class after the last is "empty".
     """
     options = canvas_options(phase, images, labels, **options)
@@ -417,7 +418,8 @@ def pick(images, labels, k, weights, rand, randint, augmentation, side=FRAME):
         chosen = randint(len(images), k)                                    # (n, k)
     else:
         sums = weights.cumsum(0)
-        chosen = torch.searchsorted(sums, rand(k) * sums[-1], right=True).clamp_(max=len(images) - 1)
+        chosen = torch.searchsorted(sums, rand(k) * sums[-1], right=True)
+        chosen.clamp_(max=len(images) - 1)                                  # where the product is rounded up to all of the sum
     digits = images[chosen.flatten()]
     if augmentation is not None:
         digits = augment(digits, lambda *shape: rand(k, *shape).flatten(0, 1), side=side, **augmentation)

@@ -7,9 +7,9 @@
     python train.py --smoke                         # is the device all right? exit code 0 if so
     torchrun --standalone --nproc_per_node=8 train.py --phase=3      # 8 GPUs of one machine share each batch
 
-A run leaves ckpt.pt (see `save`) and metrics.jsonl (one JSON object a line) in --out_dir. Every random draw of a step
-is a function of (seed, step, purpose) alone, and which digits it picks, of their losses so far as well, which are saved:
-logging and evaluating change nothing, and a resumed run is the run that was never stopped.
+A run leaves ckpt.pt (see `save`) and metrics.jsonl (one JSON object a line) in --out_dir. Every random number of a step
+is a function of (seed, step, purpose) alone; which digits it picks depends on the losses so far as well, and these are
+saved. So logging and evaluating change nothing, and a resumed run is the run that was never stopped.
 """
 import argparse
 import contextlib
@@ -118,7 +118,7 @@ LIMITS = {  # lowest and highest sensible values; ViTConfig and data.canvas_opti
     "epochs": (1e-9, 1e9), "max_steps": (1, 1e12), "batch_size": (1, 65_536), "log_every": (1, 1e12), "eval_every": (0, 1e12),
     "save_every": (0, 1e12), "seed": (0, 1e18), "val_digits": (0, 1e12), "lr": (0, 1e12), "warmup": (0, 1), "weight_decay": (0, 1e12),
     "beta1": (0, 0.999999), "beta2": (0, 0.999999), "grad_clip": (0, 1e12), "average": (0, 1), "train_digits": (0, 1e6),
-    "crowded": (0, 1), "borders": (0, 1), "hard": (0, 1), "rotate": (0, 180), "scale": (0, 0.9), "shear": (0, 2), "shift": (0, 14),
+    "crowded": (0, 1), "borders": (0, 1), "hard": (0, 0.95), "rotate": (0, 180), "scale": (0, 0.9), "shear": (0, 2), "shift": (0, 14),
     "elastic": (0, 14), "elastic_points": (2, 28),
 }
 
@@ -438,15 +438,15 @@ def seed_of(*key):
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def capture(step, generator, processes, *counters):
+def capture(step, generator, processes, *changed):
     """On a CUDA device, a graph of `step` to call in its place: hundreds of kernels are launched as one, and draw from the
     generators as these are then seeded. Elsewhere, for several processes and where it fails, `step` itself.
 
-    Trying it takes steps at learning rate 0, which change nothing but the counters. Those are put back.
+    Trying it takes steps at learning rate 0, which change nothing but the tensors `changed`. Those are put back.
     """
     if generator.device.type != "cuda":
         return step
-    before, replay = [counter.clone() for counter in counters], step
+    before, replay = [tensor.clone() for tensor in changed], step
     try:
         if processes > 1:
             raise RuntimeError("several processes train")
@@ -463,8 +463,8 @@ def capture(step, generator, processes, *counters):
         replay = graph.replay
     except (RuntimeError, AttributeError) as error:
         print(f"no CUDA graph of the training step, so each kernel is launched by itself: {' '.join(str(error).split())[:200]}")
-    for counter, value in zip(counters, before):
-        counter.copy_(value)
+    for tensor, value in zip(changed, before):
+        tensor.copy_(value)
     return replay
 
 
@@ -612,7 +612,8 @@ def smoke(settings):
 
     def draw(place, source):
         return data.canvases(settings.phase, *(tensor.to(place) for tensor in digits), 32,
-                             torch.Generator(source).manual_seed(settings.seed), SMOKE_AUGMENTATION, **options)
+                             torch.Generator(source).manual_seed(settings.seed), SMOKE_AUGMENTATION,
+                             weights=torch.arange(len(digits[0]), device=place).float(), **options)
 
     canvas, cells = draw("cpu", "cpu")
     found, labels = (tensor.cpu() for tensor in draw(device, "cpu"))
@@ -779,19 +780,22 @@ def run(given):
     averaged = copy.deepcopy(model).eval()
     cells_of_batch = settings.batch_size * test_set[1][0].numel()
     weights, reduced, matrices = flatten(model, notes=4 + 2 * cells_of_batch)
-    # notes: loss, digits, digits right, wish to stop. seen: which digit each cell of the batch holds, then the cells' losses
+    # What one `reduce` adds up. notes: loss, digits, digits right, wish to stop. seen: the number of the digit in each cell of
+    # the batch (in float32, exact up to 2**24), then the cells' losses; 0 where another process has that part of the batch
     gradients, notes, seen = reduced.split((len(weights), 4, 2 * cells_of_batch))
     average, _, _ = flatten(averaged)
     mean, square = torch.zeros_like(weights), torch.zeros_like(weights)
     sums, since = torch.zeros(3, device=device), 0                     # of loss, digits and digits right, since the last log line
     alarms = torch.zeros(2, device=device)                             # steps that were not finite, wishes to stop
-    # The loss of each training digit, a moving average over the times that it is drawn; at first, and at most, that of a
-    # guess. One number more is that of empty cells, and of no use.
-    guess = math.log(options["classes"])
+    # The loss of each training digit, a moving average over the times that it is drawn, in which the last one counts half;
+    # at first, and at most, that of a guess. One more takes the losses of empty cells and is never read.
+    guess = math.log(config.num_classes)
     hardness = torch.full((len(digits[0]) + 1,), guess, device=device)
     step, seconds_before, train_seconds = 0, 0.0, 0.0
     log_path = path.with_name("metrics.jsonl")
     if checkpoint:
+        if len(checkpoint["hardness"]) != len(hardness):
+            raise ValueError(f"{path} was trained on {len(checkpoint['hardness']) - 1:,} digits, these are {len(hardness) - 1:,}")
         restore(path, checkpoint, model, averaged, mean=mean, square=square, sums=sums, hardness=hardness)
         since, step, seconds_before, train_seconds = (checkpoint[key] for key in ("since", "step", "seconds", "train_seconds"))
         if rank == 0:
@@ -829,8 +833,9 @@ def run(given):
 
     def take_step():
         # Draw, forward, backward: this process's part of the batch
+        how_often = sampling_weights(hardness[:-1], settings.hard) if settings.hard else None
         canvas, which = data.canvases(settings.phase, images, numbers, settings.batch_size, generator, augmentation, part,
-                                      sampling_weights(hardness[:-1], settings.hard), **train_options)
+                                      how_often, **train_options)
         cells = class_of[which]
         logits = predict(forward, canvas, device, dtype)
         # Most cells of phase 3 are empty, and all count alike: empty ones weighted 0.2 found more digits (91.1% against
@@ -846,7 +851,7 @@ def run(given):
         seen.view(2, settings.batch_size, -1)[:, part] = torch.stack((which.flatten(1), losses.detach().view(len(which), -1)))
         reduce(reduced)
 
-        # Clip, AdamW, average. A step that is not finite changes nothing
+        # Clip, AdamW, average, hardness. A step that is not finite changes no weight
         norm.copy_(gradients.norm())
         finite = (norm + notes[0]).isfinite()
         if settings.grad_clip:
@@ -857,8 +862,8 @@ def run(given):
         average.lerp_(weights, rates[5])
         sums.add_(notes[:3])
         alarms.add_(torch.stack((~finite, notes[3])))
-        number, loss = seen.view(2, -1)
-        hardness.scatter_reduce_(0, number.long(), loss.clamp(0, guess), "mean")       # of what it was and what it is now
+        number, cell_loss = seen.view(2, -1)
+        hardness.scatter_reduce_(0, number.long(), cell_loss.nan_to_num(guess).clamp(0, guess), "mean")     # old and new ones
 
     advance = capture(take_step, generator, processes, sums, alarms, hardness)
     first, spent, mark = step, 0.0, time.perf_counter()
