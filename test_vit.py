@@ -1215,7 +1215,7 @@ def test_hard_digits_are_trained_on_more_often(few_digits, tmp_path, monkeypatch
             train.main([*few_digits, "--phase=1", "--max_steps=300", "--batch_size=64", "--dim=32", "--lr=1e-2", f"--hard={hard}"])
         late = torch.cat([which.flatten() for _, which in numbers[-100:]])
         drawn_of[hard] = (late % 15 == 0).float().mean().item()
-    assert drawn_of[0.0] == pytest.approx(1 / 15, abs=0.02) and drawn_of[0.7] > 2 * drawn_of[0.0], drawn_of
+    assert drawn_of[0.0] == pytest.approx(1 / 15, abs=0.02) and drawn_of[0.7] > 1.5 * drawn_of[0.0], drawn_of
 
 
 @pytest.mark.parametrize("phase", data.PHASES)
