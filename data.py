@@ -4,7 +4,7 @@
     generator = torch.Generator().manual_seed(0)
     canvas, label = canvases(3, images, labels, 256, generator)  # uint8 (256, 64, 64), int64 (256, 8, 8)
     inputs = to_input(canvas)                                    # float (256, 1, 64, 64)
-    readings = read(model(inputs))                               # [[(digit, row, column, confidence), ...], ...]
+    readings = read(model(inputs), empty=10)                     # [[(digit, row, column, confidence), ...], ...]
 
 One idea carries all three phases: a canvas is a grid of cells, and each cell has one label. The table PHASES says
 what a phase is. Everything is tensor code, on whatever device the digits are on.
@@ -86,6 +86,7 @@ MD5 = {"train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
        "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
        "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
        "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c"}
+LABELS_MD5 = {"train": "e86ee40d66677c011a9abda399ec8c4d", "test": "073c3904dfbd3e141ff8aa01cfde6b15"}  # a byte a label
 SPLITS = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
           "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}
 
@@ -158,13 +159,19 @@ def download(data_dir, name, timeout=10):
 
 
 def load_digits(data, data_dir, split):
-    """Images, labels and their kind, "mnist" or "drawn". `data` is "mnist", "drawn", or "auto": MNIST where there is
-    any, else digits that the program draws itself, and says so."""
+    """Images, labels and their kind: "mnist", "custom" for another data set under its names, or "drawn". `data` is a kind,
+    or "auto": what is in the folder or can be downloaded, else digits that the program draws itself, and says so."""
+    if data == "custom" and not all(find_file(Path(data_dir), name) for name in SPLITS[split]):
+        raise ValueError(f"no data set in {data_dir}: name its folder as --data_dir")       # MNIST would not be what is asked for
     if data != "drawn":
         try:
-            return *load_mnist(data_dir, split), "mnist"
+            images, labels = load_mnist(data_dir, split)
+            kind = "mnist" if hashlib.md5(labels.byte().numpy().tobytes()).hexdigest() == LABELS_MD5[split] else "custom"
+            if data not in ("auto", kind):
+                raise ValueError(f"expected {data} digits, those of {data_dir} are {kind} ones: name their folder as --data_dir")
+            return images, labels, kind
         except ConnectionError as error:
-            if data == "mnist":
+            if data != "auto":
                 raise
             print(f"\n*** No MNIST: {error}\n*** Going on with digits drawn by the program itself. Every figure of this run"
                   ' is marked "drawn" and says nothing about MNIST.\n', file=sys.stderr)
@@ -337,7 +344,7 @@ PHASES = {1: Phase(size=28, cell=28, max_digits=None),
           2: Phase(size=56, cell=28, max_digits=None),
           3: Phase(size=64, cell=8, max_digits=5)}
 LARGEST_CANVAS, MOST_DIGITS = 1024, 256  # px, and on a canvas: a test set is in memory as a whole
-TEST_CANVASES = 10_000  # in the test set of a phase, but for canvases of one cell: there, every test digit once
+TEST_CANVASES = 10_000  # in the test set of a phase, but for canvases of one digit: there, every test digit once
 
 
 def has_empty_cells(phase):
@@ -531,13 +538,14 @@ def paste(digits, corner, size):
     return canvas.view(n, wide, wide)[:, FRAME:-FRAME, FRAME:-FRAME]
 
 
-def test_canvases(phase, images, labels, **options):
+def test_canvases(phase, images, labels, n=None, **options):
     """The test set of a phase, from the test digits: the same on every machine and device, since it is drawn on the
-    CPU with a seed of its own. Returns canvases and cell labels as `canvases` does, on the CPU."""
+    CPU with a seed of its own; n canvases, which are others for another n (default: TEST_CANVASES, or every digit once
+    where a canvas is one digit). Returns canvases and cell labels as `canvases` does, on the CPU."""
     options = canvas_options(phase, images, labels, **options)
-    if options["size"] == FRAME == PHASES[phase].cell:  # canvases of one digit: every one, in order
-        return images, labels.view(-1, 1, 1)
-    return canvases(phase, images, labels, TEST_CANVASES, torch.Generator().manual_seed(2024), **options)
+    if options["size"] == FRAME == PHASES[phase].cell and not has_empty_cells(phase):
+        return images[:n], labels[:n].view(-1, 1, 1)
+    return canvases(phase, images, labels, n or TEST_CANVASES, torch.Generator().manual_seed(2024), **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from vit import ViT
 
 MOST_PIXELS = 64_000_000    # of a picture that is read
 LONGEST_SIDE = 1024         # px, of a canvas that is read: attention's cost grows with the fourth power of it
+MOST_PATCHES = 16_384       # of a canvas: a window's mask takes 1 GB
 MOST_GAZED = 4096           # patches of a canvas whose attention is shown: its maps take 2 GB
 TILE = 256                  # px, about the side of a canvas in a picture
 GREEN, RED, WHITE = (90, 220, 110), (255, 95, 85), (255, 255, 255)
@@ -40,6 +41,7 @@ def parse(arguments):
     parser.add_argument("--canvas_size", type=int, help="px, side of the test canvases (default: that of the run)")
     parser.add_argument("--max_digits", type=int, help="phase 3: most digits on a test canvas (default: that of the run)")
     parser.add_argument("--min_distance", type=int, help="px, phase 3: between digits' centres (default: that of the run)")
+    parser.add_argument("--test_canvases", type=int, help="how many to read (default: 10,000, or in phase 1 each test digit once)")
     parser.add_argument("--start", type=int, default=0, help="the first test canvas to show (default: 0)")
     parser.add_argument("--count", type=int, help="how many to show (default: 4 in the terminal, 16 in the picture)")
     parser.add_argument("--mistakes", action="store_true", help="show only canvases with mistakes, worst first")
@@ -62,7 +64,7 @@ def load(path):
         phase, canvas, kind = checkpoint["phase"], checkpoint["canvas"], checkpoint["data"]
         folder = checkpoint["settings"]["data_dir"]
         fits = model.config.cell == data.PHASES[phase].cell and canvas["size"] in (None, model.config.image_size) and \
-            model.config.num_classes == canvas["classes"] + data.has_empty_cells(phase) and kind in ("mnist", "drawn") and \
+            model.config.num_classes == canvas["classes"] + data.has_empty_cells(phase) and kind in ("mnist", "custom", "drawn") and \
             canvas.keys() == {"size", "max_digits", "min_distance", "classes"} and isinstance(folder, str)
     except (KeyError, TypeError, AttributeError):
         fits = False
@@ -73,6 +75,10 @@ def load(path):
 
 @torch.no_grad()
 def logits_of(model, canvases):
+    patches = canvases[0].numel() // model.config.patch_size**2
+    if patches > MOST_PATCHES:
+        raise ValueError(f"a canvas of {canvases.shape[2]} x {canvases.shape[1]} px has {patches:,} patches, "
+                         f"at most {MOST_PATCHES:,} will do")
     return torch.cat([model(data.to_input(batch)) for batch in canvases.split(data.at_once(canvases))])
 
 
@@ -97,6 +103,7 @@ def compare(reading, truth, empty):
 def draw(canvas, colour):
     """A canvas, uint8 (H, W), as lines of text in a frame: two pixels a character, the upper in front of the lower."""
     lines = ["┌" + "─" * canvas.shape[1] + "┐"]
+    canvas = F.pad(canvas, (0, 0, 0, canvas.shape[0] % 2))                  # an odd last row in front of paper
     for upper, lower in zip(canvas[0::2].tolist(), canvas[1::2].tolist()):
         if colour:
             ink = "".join(f"\033[38;2;{u};{u};{u}m\033[48;2;{v};{v};{v}m▀" for u, v in zip(upper, lower)) + "\033[0m"
@@ -374,10 +381,28 @@ def without_specks(ink):
     return ink * (mass >= mass.max() / 10)[label.long()] * there
 
 
+def with_margins(picture):
+    """float (H, W) -> about (2 H, 2 W): in even light, and with paper around it.
+
+    How the light changes is a plane fitted to the edges, most of which is paper: with the least sum of absolute differences,
+    which ink disturbs little, by weighted least squares."""
+    row, column = (torch.linspace(-1, 1, side) for side in picture.shape)
+    terms = torch.stack(torch.broadcast_tensors(torch.ones(()), row[:, None], column), dim=-1)      # (H, W, 3)
+    edge = torch.ones_like(picture, dtype=torch.bool)
+    edge[1:-1, 1:-1] = False
+    weight = torch.ones(int(edge.sum()))
+    for _ in range(20):
+        plane = torch.linalg.lstsq(terms[edge] * weight[:, None], picture[edge] * weight).solution
+        weight = (picture[edge] - terms[edge] @ plane).abs().clamp(min=1e-3).rsqrt()
+    height, width = (side // 2 for side in picture.shape)
+    return F.pad(picture - terms[..., 1:] @ plane[1:], (width, width, height, height), value=plane[0].item())
+
+
 def as_mnist(picture):
     """One digit, float (H, W) -> uint8 (28, 28) as MNIST has them: ink fitted to 20 x 20 px, its mass in the middle."""
     scale = min(1, 200 / max(picture.shape))
-    ink = without_specks(ink_of(resize(picture, *(max(1, round(side * scale)) for side in picture.shape))))
+    picture = resize(picture, *(max(1, round(side * scale)) for side in picture.shape))
+    ink = without_specks(ink_of(with_margins(picture)))                     # where it is cut close, there is little paper
     rows, columns = (ink > 0.3).any(1).nonzero(), (ink > 0.3).any(0).nonzero()
     if not len(rows):
         raise ValueError("no ink was found where a digit should be")
@@ -479,6 +504,8 @@ def run(flags):
         raise ValueError("several folders in --out_dir are for --curves")
     if flags.count is not None and flags.count < 1 or flags.start < 0:
         raise ValueError(f"--count must be above 0 and --start at least 0, not {flags.count} and {flags.start}")
+    if flags.test_canvases is not None and not 1 <= flags.test_canvases <= 10**6:
+        raise ValueError(f"--test_canvases must be from 1 to 1000000, not {flags.test_canvases}")
     if flags.digit_height is not None and not 1 <= flags.digit_height <= 10_000:
         raise ValueError(f"--digit_height must be from 1 to 10000 px, not {flags.digit_height}")
     out = Path(folders[0])
@@ -502,7 +529,8 @@ def run(flags):
     else:
         asked = {"size": flags.canvas_size, "max_digits": flags.max_digits, "min_distance": flags.min_distance}
         options |= {name: value for name, value in asked.items() if value is not None}
-        canvases, truth = data.test_canvases(phase, *data.load_digits(kind, flags.data_dir or folder, "test")[:2], **options)
+        images, labels, _ = data.load_digits(kind, flags.data_dir or folder, "test")
+        canvases, truth = data.test_canvases(phase, images, labels, flags.test_canvases, **options)
         mark = "" if kind == "mnist" else f" ({kind} digits)"
         print(f"reading {len(canvases):,} test canvases of {canvases.shape[1]} x {canvases.shape[2]} px{mark}", flush=True)
         logits = logits_of(model, canvases)
@@ -512,7 +540,7 @@ def run(flags):
             loss = F.cross_entropy(logits.flatten(0, 2), truth.flatten(), reduction="none").view(len(truth), -1).sum(1)
             wrong = (best != truth).flatten(1).any(1)
             order = order[wrong][loss[wrong].argsort(descending=True, stable=True)]
-        if flags.start >= len(order):
+        if flags.start >= len(order) > 0:
             raise ValueError(f"--start={flags.start}, but there are {len(order)} such canvases")
         shown = [(f"test canvas {i}{mark}", canvases[i], truth[i], logits[i])
                  for i in order[flags.start:flags.start + (flags.count or 16)].tolist()]
@@ -531,6 +559,8 @@ def run(flags):
                     for one in findings if one[3] is not None])
     if not flags.image:
         print(*figures(truth, best, classes, mark), "", sep="\n")
+    if not shown:
+        return print("no sample.png: nothing is read wrong")
     save_png(out / ("image.png" if flags.image else "sample.png"), sheet([tiles[i:i + 4] for i in range(0, len(tiles), 4)]))
     if gazes:
         save_png(out / "attention.png", sheet(gazes))

@@ -300,6 +300,22 @@ def test_download_keeps_nothing_wrong(mirrors, tmp_path):
     assert "404" in str(caught.value) and list(tmp_path.iterdir()) == []
 
 
+def test_digits_are_called_what_they_are(tmp_path, drawn, monkeypatch):
+    """Other files under MNIST's names are never taken for MNIST, nor the other way about, and MNIST's never fill in for them."""
+    for split in data.SPLITS:
+        write_mnist(tmp_path, *drawn, split)
+    assert data.load_digits("auto", tmp_path, "train")[2] == data.load_digits("custom", tmp_path, "test")[2] == "custom"
+    with pytest.raises(ValueError, match="expected mnist digits, those of .* are custom ones"):
+        data.load_digits("mnist", tmp_path, "test")
+    monkeypatch.setitem(data.LABELS_MD5, "test", hashlib.md5(bytes(drawn[1].tolist())).hexdigest())
+    assert data.load_digits("mnist", tmp_path, "test")[2] == "mnist"
+    with pytest.raises(ValueError, match="expected custom digits, those of .* are mnist ones"):
+        data.load_digits("custom", tmp_path, "test")
+    with pytest.raises(ValueError, match="no data set in .*: name its folder as --data_dir"):
+        data.load_digits("custom", tmp_path / "moved", "test")
+    assert not (tmp_path / "moved").exists()
+
+
 def test_no_network(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(data, "MIRRORS", ["http://127.0.0.1:9/", "https://127.0.0.1:9/"])
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -539,6 +555,9 @@ def test_digits_are_drawn_in_proportion_to_their_weights(phase):
 def test_test_canvases_are_the_same_everywhere():
     images, labels, _ = plates()
     assert data.test_canvases(1, images, labels, size=56)[1].shape == (10_000, 2, 2)
+    for phase in data.PHASES:
+        few, again = data.test_canvases(phase, images, labels, 7), data.test_canvases(phase, images, labels, 7)
+        assert len(few[0]) == len(few[1]) == 7 and all(torch.equal(*pair) for pair in zip(few, again))
     canvas, cells = data.test_canvases(1, images, labels)
     assert torch.equal(canvas, images) and torch.equal(cells.flatten(), labels)
     sums = {}
@@ -548,6 +567,13 @@ def test_test_canvases_are_the_same_everywhere():
         assert len(canvas) == len(cells) == 10_000
         sums[phase] = checksum(canvas, cells)
     assert sums == {2: "de604e99c8ab7f82", 3: "399f7040a28c232c"}
+
+
+def test_a_canvas_of_one_cell_may_be_empty(drawn, monkeypatch):
+    """A phase that somebody adds: its test canvases are like those of its training."""
+    monkeypatch.setitem(data.PHASES, 4, data.Phase(size=28, cell=28, max_digits=1))
+    canvas, cells = data.test_canvases(4, *drawn, 400)
+    assert 150 < (cells == 10).sum() < 250 and torch.equal(canvas.flatten(1).any(1), (cells != 10).flatten())
 
 
 def checksum(canvas, cells):
@@ -1142,7 +1168,7 @@ def test_a_run_and_what_it_leaves(few_digits, tmp_path, phase, capsys):
     last = lines[-1]
     assert set(last) == {"event", "phase", "data", "step", "seconds", "train_seconds", "loss", "cell_accuracy",
                          "digit_accuracy", "empty_accuracy", "exact_match", "final"}
-    assert last["final"] and not lines[2]["final"] and last["data"] == "mnist" and last["phase"] == phase
+    assert last["final"] and not lines[2]["final"] and last["data"] == "custom" and last["phase"] == phase
     assert (last["empty_accuracy"] is None) == (phase != 3) and 0 <= last["exact_match"] <= last["cell_accuracy"] <= 1
     printed = capsys.readouterr().out
     assert all(words in printed for words in ("digit accuracy", "exact canvases", "images/s", str(tmp_path / "out" / "ckpt.pt")))
@@ -1498,7 +1524,7 @@ def test_val_digits_train_nothing_and_are_not_the_test_set(few_digits, tmp_path,
 
     monkeypatch.setattr(data, "canvases", spy)
     train.main([*few_digits, "--phase=3", "--max_steps=2", "--val_digits=300"])  # and there are more digits in training
-    assert seen == [(300, 5), (1200, 9), (1200, 9)] and metrics(tmp_path / "out")[-1]["data"] == "mnist-val"
+    assert seen == [(300, 5), (1200, 9), (1200, 9)] and metrics(tmp_path / "out")[-1]["data"] == "custom-val"
 
 
 def test_another_data_set(tmp_path, drawn, monkeypatch, capsys):
@@ -1708,6 +1734,7 @@ def test_sample_draws_two_pixels_a_character():
     canvas = torch.tensor([[0, 255, 0, 255], [0, 0, 255, 255]], dtype=torch.uint8)
     assert sample.draw(canvas, colour=False) == ["┌────┐", "│ ▀▄█│", "└────┘"]
     assert "\033[38;2;255;255;255m\033[48;2;0;0;0m▀" in sample.draw(canvas, colour=True)[1]
+    assert sample.draw(canvas[:1], colour=False) == ["┌────┐", "│ ▀ ▀│", "└────┘"]
 
 
 def test_sample_marks_what_is_wrong():
@@ -1875,8 +1902,11 @@ def test_canvases_are_filled_up_to_whole_cells():
     assert sample.as_canvas(torch.full((70, 60), 0.9), 3, 64, None).max() == 0     # blank paper is no ink
     with pytest.raises(ValueError, match="no ink was found"):                # but the other phases need a digit
         sample.as_canvas(torch.full((70, 60), 0.9), 2, 56, None)
+    model = ViT(ViTConfig(image_size=64, patch_size=8, cell=8))
     with pytest.raises(ValueError, match="up to 4,096 patches"):
-        sample.gaze(ViT(ViTConfig(image_size=64, patch_size=8, cell=8)), torch.zeros(520, 520, dtype=torch.uint8))
+        sample.gaze(model, torch.zeros(520, 520, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="a canvas of 1032 x 1024 px has 16,512 patches, at most 16,384 will do"):
+        sample.logits_of(model, torch.zeros(1, 1024, 1032, dtype=torch.uint8))
 
 
 def test_a_speck_moves_nothing():
@@ -1906,6 +1936,20 @@ def test_a_single_digit_is_normalised_as_mnist_is(height, width, left):
     assert frame.shape == (28, 28) and 19 <= rows[-1] - rows[0] + 1 <= 21 and frame.max() == 1
     middle = [((torch.arange(28) + 0.5) * frame.sum(axis)).sum() / frame.sum() for axis in (0, 1)]
     assert all(abs(m - 14) <= 0.75 for m in middle) and 2 <= columns[-1] - columns[0] + 1 <= 12
+
+
+@pytest.mark.parametrize("margin", [0, 1, 2, 6])
+@pytest.mark.parametrize("scale", [1, 5])
+def test_a_digit_cut_close_is_the_same_digit(drawn, margin, scale):
+    """Dark on paper whose light falls off by a third, and of which hardly any is left: as it is with paper all around."""
+    for digit in drawn[0][:30]:
+        top, left, height, width = (int(edge) for edge in data.ink_box(digit[None]))
+        ink = F.interpolate(digit[None, None, top:top + height, left:left + width].float() / 255, scale_factor=scale)[0, 0]
+        close, whole = (0.9 - 0.8 * F.pad(ink, [paper * scale] * 4) for paper in (margin, 20))
+        close = sample.as_canvas(close * torch.linspace(1, 2 / 3, close.shape[1]), 1, 28, None).float()
+        whole = sample.as_canvas(whole, 1, 28, None).float()
+        moved = [(close.roll(step, (0, 1)) - whole).abs().mean() for step in itertools.product((-1, 0, 1), repeat=2)]
+        assert min(moved) < 18                                  # another digit is 31 away
 
 
 def npy_header(shape):
@@ -1995,17 +2039,30 @@ def test_sample_shows_mistakes_and_attention(few_digits, tmp_path, phase, capsys
     assert max(map(len, printed.split("Cells")[1].splitlines()[1:-3])) <= 80
     assert pixels_of(out / "sample.png").shape[1] > 700
     sample.main(flags[1:])                                                  # the digits that it was trained on, unless others are named
-    assert "\ntest canvas 0\n" in capsys.readouterr().out
+    assert "\ntest canvas 0 (custom digits)\n" in capsys.readouterr().out
     np.save(tmp_path / "own.npy", data.drawn_digits(1, 0)[0][0].numpy())
     sample.main([*flags, f"--image={tmp_path / 'own.npy'}", "--attention"])
     printed = capsys.readouterr().out
     assert "own.npy" in printed and "recall" not in printed and "wrong" not in printed and (out / "image.png").exists()
     for wrong, words in ((["--start=10000"], "--start=10000, but there are"), (["--count=0"], "--count must be above 0"), (["--out_dir", "a", "b"], "--curves"),
-                         (["--digit_height=0"], "--digit_height must be")):
+                         (["--digit_height=0"], "--digit_height must be"), (["--test_canvases=0"], "--test_canvases must be"),
+                         ([f"--data_dir={tmp_path / 'nowhere'}"], "no data set in")):
         with pytest.raises(SystemExit):
             sample.main([*flags, *wrong])
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
+
+
+def test_sample_without_a_mistake(few_digits, tmp_path, monkeypatch, capsys):
+    train.main([*few_digits, "--phase=2", "--max_steps=2", "--test_canvases=30"])
+    images, labels, _ = data.load_digits("custom", few_digits[0].split("=")[1], "test")
+    _, truth = data.test_canvases(2, images, labels, 30)
+    monkeypatch.setattr(sample, "logits_of", lambda model, canvases: F.one_hot(truth, 10).float())
+    capsys.readouterr()
+    sample.main([f"--out_dir={tmp_path / 'out'}", "--mistakes", "--test_canvases=30"])
+    printed = capsys.readouterr().out
+    assert "reading 30 test canvases" in printed and "100.00%" in printed and printed.endswith("no sample.png: nothing is read wrong\n")
+    assert not (tmp_path / "out" / "sample.png").exists()
 
 
 def test_sample_reads_larger_canvases(few_digits, tmp_path, capsys):
@@ -2014,7 +2071,7 @@ def test_sample_reads_larger_canvases(few_digits, tmp_path, capsys):
     capsys.readouterr()
     sample.main(flags)
     printed = capsys.readouterr().out
-    assert "reading 100 test canvases of 96 x 96 px\n" in printed and "\n                 9 " in printed and "\n│" + " " * 96 in printed
+    assert "reading 100 test canvases of 96 x 96 px (custom digits)\n" in printed and "\n                 9 " in printed and "\n│" + " " * 96 in printed
     with pytest.raises(SystemExit) as stopped:
         sample.main([*flags, "--canvas_size=60"])
     assert stopped.value.code == 1 and "canvas size 60 is not a multiple" in capsys.readouterr().err

@@ -8,8 +8,8 @@
     torchrun --standalone --nproc_per_node=8 train.py --phase=3      # 8 GPUs of one machine share each batch
 
 A run leaves ckpt.pt (see `save`) and metrics.jsonl (one JSON object a line) in --out_dir. Every random number of a step
-is a function of (seed, step, purpose) alone; which digits it picks depends on the losses so far as well, and these are
-saved. So logging and evaluating change nothing, and a resumed run is the run that was never stopped.
+is a function of (seed, step, purpose) alone, for dropout of the process too; which digits it picks depends on the losses so
+far as well, and these are saved. So logging and evaluating change nothing, and a resumed run is the run that was never stopped.
 """
 import argparse
 import contextlib
@@ -46,12 +46,13 @@ class Settings:
     # What to do, on what, and where
     phase: int = 3                          # 1: one digit. 2: four in a grid. 3: any number anywhere
     data_dir: str = "data/mnist"            # folder of the four MNIST files, or of others of the same names and form
-    data: str = "auto"                      # mnist, drawn (by the program itself), or auto: mnist if there is any
+    data: str = "auto"                      # mnist, custom (other files), drawn (by the program), or auto: what there is
     out_dir: Optional[str] = None           # folder for ckpt.pt and metrics.jsonl (default: out/phase<phase>)
     resume: bool = False                    # go on from the checkpoint in out_dir, if there is one
     eval_only: bool = False                 # evaluate the checkpoint in out_dir and stop
     smoke: bool = False                     # check the device in some seconds, without files or network, and stop
     val_digits: int = 0                     # hold so many training digits back and evaluate on them, not on the test set
+    test_canvases: Optional[int] = None     # canvases to evaluate on (default: 10,000, or in phase 1 each test digit once)
     device: str = "auto"                    # cuda, mps, xpu, cpu, or auto: the accelerator if there is one
     dtype: str = "auto"                     # float32, bfloat16 (autocast), or auto: bfloat16 where it is the faster one
     compile: bool = False                   # torch.compile the model, which takes up to a minute before training
@@ -87,7 +88,7 @@ class Settings:
     canvas_size: Optional[int] = None       # px, side of the canvas (default: the phase's)
     max_digits: Optional[int] = None        # phase 3: most digits on a canvas (default: 5)
     min_distance: Optional[int] = None      # px, phase 3: between digits' centres (default: so that ink never overlaps)
-    train_digits: Optional[int] = None      # phase 3: most digits on a training canvas, as far as they surely fit
+    train_digits: Optional[int] = None      # phase 3: most digits on a training canvas: max_digits at least, as far as they fit
     crowded: Optional[float] = None         # phase 3: share of training canvases that hold as many digits as they may
     borders: Optional[float] = None         # phase 3: share of training digits that are moved beside the border of a cell
     hard: float = 0.7                       # share of training digits drawn by how hard they have been; the others uniformly
@@ -116,10 +117,10 @@ DEFAULTS = {
 }
 LIMITS = {  # lowest and highest sensible values; ViTConfig and data.canvas_options check what is theirs
     "epochs": (1e-9, 1e9), "max_steps": (1, 1e12), "batch_size": (1, 65_536), "log_every": (1, 1e12), "eval_every": (0, 1e12),
-    "save_every": (0, 1e12), "seed": (0, 1e18), "val_digits": (0, 1e12), "lr": (0, 1e12), "warmup": (0, 1), "weight_decay": (0, 1e12),
-    "beta1": (0, 0.999999), "beta2": (0, 0.999999), "grad_clip": (0, 1e12), "average": (0, 1), "train_digits": (0, 1e6),
-    "crowded": (0, 1), "borders": (0, 1), "hard": (0, 0.95), "rotate": (0, 180), "scale": (0, 0.9), "shear": (0, 2), "shift": (0, 14),
-    "elastic": (0, 14), "elastic_points": (2, 28),
+    "save_every": (0, 1e12), "seed": (0, 1e18), "val_digits": (0, 1e12), "test_canvases": (1, 1e6), "lr": (0, 1e12), "warmup": (0, 1),
+    "weight_decay": (0, 1e12), "beta1": (0, 0.999999), "beta2": (0, 0.999999), "grad_clip": (0, 1e12), "average": (0, 1),
+    "train_digits": (0, 1e6), "crowded": (0, 1), "borders": (0, 1), "hard": (0, 0.95), "rotate": (0, 180), "scale": (0, 0.9),
+    "shear": (0, 2), "shift": (0, 14), "elastic": (0, 14), "elastic_points": (2, 28),
 }
 
 
@@ -173,7 +174,7 @@ def settle(given, saved):
     settings = Settings(**{**DEFAULTS[phase], **saved, **given})
     if settings.out_dir is None:
         settings.out_dir = f"out/phase{phase}"
-    for name, allowed in (("data", ("auto", "mnist", "drawn")), ("dtype", ("auto", "float32", "bfloat16"))):
+    for name, allowed in (("data", ("auto", "mnist", "custom", "drawn")), ("dtype", ("auto", "float32", "bfloat16"))):
         if getattr(settings, name) not in allowed:
             raise ValueError(f"--{name} must be one of {', '.join(allowed)}, not {getattr(settings, name)!r}")
     for name, (low, high) in LIMITS.items():
@@ -576,7 +577,7 @@ def prepare(settings):
     canvas["classes"] = int(labels.max()) + 1
     if test_digits[1].max() >= canvas["classes"]:
         raise ValueError(f"test labels go up to {test_digits[1].max()}, training labels only to {labels.max()}")
-    return (images, labels), data.test_canvases(settings.phase, *test_digits, **canvas), canvas, kind
+    return (images, labels), data.test_canvases(settings.phase, *test_digits, settings.test_canvases, **canvas), canvas, kind
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class ViTConfig:
     class_token: bool = False   # a token of its own for the whole image, read by the head; else the mean over tokens
     cell: int = 0               # px, side of the cells that get a label each; 0: one label for the whole image
     positions: str = "learned"  # "learned": a vector a patch. "rotary": queries and keys turn with row and column
-    window: int = 0             # patches that attention reaches on each side, along rows and columns; 0: all of the image
+    window: int = 0             # patches that attention reaches on each side, by a mask that saves no work; 0: all of the image
 
     @classmethod
     def preset(cls, name, **changes):
