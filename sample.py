@@ -186,8 +186,10 @@ FONT = {letter: [int(row) for row in rows] for letter, rows in (glyph.split("=")
 
 
 def write(picture, top, left, words, colour, scale=2):
-    """Words into a picture, in letters of 3 x 5 px times scale, on a dark ground."""
-    picture[top:top + 7 * scale, left:left + scale * (4 * len(words) + 1)] = 24
+    """Words into a picture, in letters of 3 x 5 px times scale, on a dark ground; moved to where they fit."""
+    height, width = 7 * scale, scale * (4 * len(words) + 1)
+    top, left = max(0, min(top, picture.shape[0] - height)), max(0, min(left, picture.shape[1] - width))
+    picture[top:top + height, left:left + width] = 24
     for i, letter in enumerate(words.upper()):
         bits = np.array([[row >> 2 & 1, row >> 1 & 1, row & 1] for row in FONT.get(letter, [0] * 5)], dtype=bool)
         glyph = picture[top + scale:, left + scale * (4 * i + 1):][:5 * scale, :3 * scale]

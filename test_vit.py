@@ -1823,6 +1823,11 @@ def test_tile_tells_right_from_wrong_without_colour():
     assert (right[64, edge] > 0).all() and 12 <= (wrong[64, edge] > 0).sum() <= 20
     assert len(wrong) > len(right)                                          # the mistake in words, below
     assert not np.array_equal(wrong[:256], missed[:256])                    # what was read stands in the frame
+    corners = [(row, column, digit, digit, 0.9) for row, column, digit in ((0, 0, 25), (0, 63, 3), (63, 0, 3), (63, 63, 25))]
+    large = sample.tile(torch.zeros(512, 512, dtype=torch.uint8), corners, 8, "x")
+    assert large.shape[1] == 512
+    for corner in (large[:30, :30], large[:30, 482:], large[482:512, :30], large[482:512, 482:]):
+        assert 20 < (corner == 24).all(2).sum() < 200                       # the ground of what was read
 
 
 def test_gaze_of_one_block():
