@@ -89,6 +89,7 @@ MD5 = {"train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
 CRC = {"train": 0xdf6dde61, "test": 0x190e897b}        # of the images and then the labels, a byte each
 SPLITS = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
           "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}
+KINDS = ("mnist", "custom", "drawn")    # of digits: custom is another data set under MNIST's names
 
 
 def load_mnist(data_dir, split):
@@ -114,10 +115,14 @@ def find_file(data_dir, name):
     return next((data_dir / spelling for spelling in spellings if (data_dir / spelling).exists()), None)
 
 
+def files_there(data_dir):
+    return [file for names in SPLITS.values() for name in names if (file := find_file(data_dir, name))]
+
+
 def fetch(data_dir, name):
     """Download a file that is missing, unless the folder holds a data set that it does not belong to."""
-    for other in (find_file(data_dir, other) for names in SPLITS.values() for other in names):
-        if other and hashlib.md5(other.read_bytes()).hexdigest() != MD5.get(other.name):
+    for other in files_there(data_dir):
+        if hashlib.md5(other.read_bytes()).hexdigest() != MD5.get(other.name):
             raise ValueError(f"{data_dir} has {other.name} but no {name}: if it is not MNIST's, add the file that is missing; "
                              "to download MNIST, name an empty folder")
     return download(data_dir, name + ".gz")
@@ -159,9 +164,9 @@ def download(data_dir, name, timeout=10):
 
 
 def load_digits(data, data_dir, split):
-    """Images, labels and their kind: "mnist", "custom" for another data set under its names, or "drawn". `data` is a kind,
-    or "auto": what is in the folder or can be downloaded, else digits that the program draws itself, and says so."""
-    if data == "custom" and not all(find_file(Path(data_dir), name) for name in SPLITS[split]):
+    """Images, labels and their kind, one of KINDS. `data` is a kind, or "auto": what is in the folder or can be downloaded,
+    else digits that the program draws itself, and says so."""
+    if data == "custom" and not files_there(Path(data_dir)):
         raise ValueError(f"no data set in {data_dir}: name its folder as --data_dir")       # MNIST would not be what is asked for
     if data != "drawn":
         try:

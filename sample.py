@@ -25,8 +25,8 @@ import data
 from vit import ViT
 
 MOST_PIXELS = 64_000_000    # of a picture that is read
-LONGEST_SIDE = 1024         # px, of a canvas that is read: attention's cost grows with the fourth power of it
-MOST_PATCHES = 16_384       # of a canvas: a window's mask takes 1 GB
+LONGEST_SIDE = 1024         # px, of a canvas that is read in a picture
+MOST_PATCHES = 16_384       # of a canvas: attention's cost grows with the square of them, a window's mask takes 1 GB
 MOST_GAZED = 4096           # patches of a canvas whose attention is shown: its maps take 2 GB
 TILE = 256                  # px, about the side of a canvas in a picture
 GREEN, RED, WHITE = (90, 220, 110), (255, 95, 85), (255, 255, 255)
@@ -64,7 +64,7 @@ def load(path):
         phase, canvas, kind = checkpoint["phase"], checkpoint["canvas"], checkpoint["data"]
         folder = checkpoint["settings"]["data_dir"]
         fits = model.config.cell == data.PHASES[phase].cell and canvas["size"] in (None, model.config.image_size) and \
-            model.config.num_classes == canvas["classes"] + data.has_empty_cells(phase) and kind in ("mnist", "custom", "drawn") and \
+            model.config.num_classes == canvas["classes"] + data.has_empty_cells(phase) and kind in data.KINDS and \
             canvas.keys() == {"size", "max_digits", "min_distance", "classes"} and isinstance(folder, str)
     except (KeyError, TypeError, AttributeError):
         fits = False
@@ -392,10 +392,11 @@ def with_margins(picture):
     terms = torch.stack(torch.broadcast_tensors(torch.ones(()), row[:, None], column), dim=-1)      # (H, W, 3)
     edge = torch.ones_like(picture, dtype=torch.bool)
     edge[1:-1, 1:-1] = False
-    weight = torch.ones(int(edge.sum()))
+    known, light = terms[edge], picture[edge]                               # (E, 3), (E,)
+    weight = torch.ones_like(light)
     for _ in range(20):
-        plane = torch.linalg.lstsq(terms[edge] * weight[:, None], picture[edge] * weight).solution
-        weight = (picture[edge] - terms[edge] @ plane).abs().clamp(min=1e-3).rsqrt()
+        plane = torch.linalg.lstsq(known * weight[:, None], light * weight).solution
+        weight = (light - known @ plane).abs().clamp(min=1e-3).rsqrt()
     height, width = (side // 2 for side in picture.shape)
     return F.pad(picture - terms[..., 1:] @ plane[1:], (width, width, height, height), value=plane[0].item())
 
@@ -523,9 +524,9 @@ def run(flags):
         for name in flags.image:
             try:
                 canvas = as_canvas(load_picture(Path(name)), phase, model.config.image_size, flags.digit_height)
+                shown.append((Path(name).name, canvas, None, logits_of(model, canvas[None])[0]))
             except ValueError as error:
                 raise ValueError(error if name in str(error) else f"{name}: {error}") from None
-            shown.append((Path(name).name, canvas, None, logits_of(model, canvas[None])[0]))
             if not flags.digit_height and max(canvas.shape) > 2 * model.config.image_size:
                 print(f"{name}: its digits are taken to be 20 px high; if they are not, say so with --digit_height", file=sys.stderr)
     else:

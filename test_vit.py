@@ -314,6 +314,9 @@ def test_digits_are_called_what_they_are(tmp_path, drawn, monkeypatch):
     with pytest.raises(ValueError, match="no data set in .*: name its folder as --data_dir"):
         data.load_digits("custom", tmp_path / "moved", "test")
     assert not (tmp_path / "moved").exists()
+    (tmp_path / data.SPLITS["train"][1]).unlink()                           # what is there says which file is missing
+    with pytest.raises(ValueError, match="but no train-labels-idx1-ubyte"):
+        data.load_digits("custom", tmp_path, "train")
 
 
 def test_no_network(monkeypatch, tmp_path, capsys):

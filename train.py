@@ -174,7 +174,7 @@ def settle(given, saved):
     settings = Settings(**{**DEFAULTS[phase], **saved, **given})
     if settings.out_dir is None:
         settings.out_dir = f"out/phase{phase}"
-    for name, allowed in (("data", ("auto", "mnist", "custom", "drawn")), ("dtype", ("auto", "float32", "bfloat16"))):
+    for name, allowed in (("data", ("auto", *data.KINDS)), ("dtype", ("auto", "float32", "bfloat16"))):
         if getattr(settings, name) not in allowed:
             raise ValueError(f"--{name} must be one of {', '.join(allowed)}, not {getattr(settings, name)!r}")
     for name, (low, high) in LIMITS.items():
