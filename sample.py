@@ -467,8 +467,9 @@ def curves(folders):
                 panels[0, column].plot([line[axis] for line in evaluations], [line["loss"] for line in evaluations], "o--",
                                        color=f"C{number}", label=f"{name}, evaluation")
                 for key, style in (("digit_accuracy", "o-"), ("exact_match", "s--")):
-                    panels[2, column].plot([line[axis] for line in evaluations], [100 * line[key] for line in evaluations],
-                                           style, color=f"C{number}", label=f"{name}, {key.replace('_', ' ')}")
+                    shares = np.array([line[key] for line in evaluations], dtype=float)     # None, where there are no digits: NaN
+                    panels[2, column].plot([line[axis] for line in evaluations], 100 * shares, style, color=f"C{number}",
+                                           label=f"{name}, {key.replace('_', ' ')}")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a metrics file of train.py: {type(error).__name__}: {error}") from None
     for row, title in enumerate(("cross entropy of cells", "learning rate", "accuracy, %")):

@@ -314,6 +314,9 @@ def test_digits_are_called_what_they_are(tmp_path, drawn, monkeypatch):
     with pytest.raises(ValueError, match="no data set in .*: name its folder as --data_dir"):
         data.load_digits("custom", tmp_path / "moved", "test")
     assert not (tmp_path / "moved").exists()
+    (tmp_path / "page.txt").touch()
+    with pytest.raises(ValueError, match="page.txt is a file, not the folder of the digits' files"):
+        data.load_digits("auto", tmp_path / "page.txt", "train")
     (tmp_path / data.SPLITS["train"][1]).unlink()                           # what is there says which file is missing
     with pytest.raises(ValueError, match="but no train-labels-idx1-ubyte"):
         data.load_digits("custom", tmp_path, "train")
@@ -1067,6 +1070,10 @@ def test_device_and_dtype(monkeypatch):
         assert train.pick_dtype("auto", torch.device("cuda")) == (torch.bfloat16 if real else torch.float32)
     with pytest.raises(ValueError, match="--device=nonsense cannot be used here"):
         train.pick_device("nonsense")
+    current = []                            # a stream or graph on another device than the tensors' would compute nothing
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: types.SimpleNamespace(device=torch.device(device)))
+    monkeypatch.setattr(torch.accelerator, "set_device_index", current.append)
+    assert train.pick_device("cuda:1") == torch.device("cuda:1") and current == [1]
 
 
 SMALL = ["--smoke", "--device=cpu", "--dtype=float32", "--dim=16", "--depth=1", "--heads=1"]
@@ -2089,7 +2096,8 @@ def test_curves(few_digits, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="needs matplotlib")
     train.main([*few_digits, "--phase=3", "--max_steps=12", "--eval_every=4"])
     out = tmp_path / "out"
-    shutil.copytree(out, tmp_path / "other")
+    train.main([*few_digits, f"--out_dir={tmp_path / 'other'}", "--phase=3", "--max_steps=12", "--max_digits=1", "--test_canvases=1"])
+    assert metrics(tmp_path / "other")[-1]["digit_accuracy"] is None       # the only test canvas is an empty one
     sample.main(["--curves", "--out_dir", str(out), str(tmp_path / "other")])
     assert (out / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and not (tmp_path / "other/curves.png").exists()
     (out / "metrics.jsonl").write_text('{"event": "train"}\n')

@@ -258,7 +258,10 @@ def pick_device(name):
     if name == "auto":
         return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     try:
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
+        if device.index:  # streams and graphs are made on the current device
+            torch.accelerator.set_device_index(device.index)
+        return device
     except Exception as error:  # each backend has exceptions of its own for a device that is not there
         raise ValueError(f"--device={name} cannot be used here: {str(error).splitlines()[0]}") from None
 
@@ -350,7 +353,7 @@ def evaluate(model, canvases, labels, classes, device, dtype, rank=0, processes=
         totals = reduce(totals.to(device))
     loss, digits, digits_right, empties, empties_right, exact = totals.tolist()
     return {"loss": loss / (digits + empties), "cell_accuracy": (digits_right + empties_right) / (digits + empties),
-            "digit_accuracy": digits_right / digits, "empty_accuracy": empties_right / empties if empties else None,
+            "digit_accuracy": digits_right / digits if digits else None, "empty_accuracy": empties_right / empties if empties else None,
             "exact_match": exact / len(canvases)}
 
 
@@ -784,6 +787,7 @@ def run(given):
     # What one `reduce` adds up. notes: loss, digits, digits right, wish to stop. seen: the number of the digit in each cell of
     # the batch (in float32, exact up to 2**24), then the cells' losses; 0 where another process has that part of the batch
     gradients, notes, seen = reduced.split((len(weights), 4, 2 * cells_of_batch))
+    seen = seen.view(2, settings.batch_size, -1)
     average, _, _ = flatten(averaged)
     mean, square = torch.zeros_like(weights), torch.zeros_like(weights)
     sums, since = torch.zeros(3, device=device), 0                     # of loss, digits and digits right, since the last log line
@@ -826,6 +830,10 @@ def run(given):
         blank = torch.zeros(part.stop - part.start, options["size"], options["size"], dtype=torch.uint8, device=device)
         predict(forward, blank, device, dtype).sum().backward()
 
+    # glibc gives freed memory back to the system, and every step takes it anew, page by page: up to a tenth of its time on a
+    # CPU. Once a block of nearly 32 MiB, the most that counts, was freed, it keeps smaller ones (mallopt(3), M_MMAP_THRESHOLD).
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)
+
     # A step is on the device as a whole and waits for nothing: what changes from one to the next is in the generators and
     # in `dials`, which are six rates and the wish to stop.
     model.train()
@@ -849,7 +857,7 @@ def run(given):
         digit = cells < options["classes"]
         right = digit & (logits.argmax(-1) == cells)
         notes.copy_(torch.stack((loss.detach(), digit.sum(), right.sum(), dials[6])))
-        seen.view(2, settings.batch_size, -1)[:, part] = torch.stack((which.flatten(1), losses.detach().view(len(which), -1)))
+        seen[0, part], seen[1, part] = which.flatten(1), losses.detach().view(len(which), -1)
         reduce(reduced)
 
         # Clip, AdamW, average, hardness. A step that is not finite changes no weight
@@ -863,7 +871,7 @@ def run(given):
         average.lerp_(weights, rates[5])
         sums.add_(notes[:3])
         alarms.add_(torch.stack((~finite, notes[3])))
-        number, cell_loss = seen.view(2, -1)
+        number, cell_loss = seen.flatten(1)
         hardness.scatter_reduce_(0, number.long(), cell_loss.nan_to_num(guess).clamp(0, guess), "mean")     # old and new ones
 
     advance = capture(take_step, generator, processes, sums, alarms, hardness)
