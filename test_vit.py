@@ -874,7 +874,7 @@ def test_compiles_to_one_graph_for_any_batch(fields, training):
     assert 1 <= len(graphs) <= 3
 
 
-@pytest.mark.parametrize("fields", [dict(positions="rotary", overlap=3), dict(positions="rotary", window=2), dict(class_token=True)])
+@pytest.mark.parametrize("fields", [dict(positions="rotary", overlap=3, window=2), dict(class_token=True)])
 def test_compiled_gradients_are_the_same_at_any_size(fields):
     torch.manual_seed(0)
     torch._dynamo.reset()
