@@ -521,7 +521,7 @@ def place(box, present, size, min_distance, ink, rand, cell=1, borders=0.0, swee
     absent = ~present[:, None]
     centre = torch.stack((row, column), dim=1).masked_fill_(absent, -2 * size - apart).int()  # (n, 2, k)
     for _ in range(sweeps):
-        new = torch.stack((anywhere(height[:, :, None]), anywhere(width[:, :, None])), dim=1) # (n, 2, k, tries)
+        new = torch.stack((anywhere(height[:, :, None]), anywhere(width[:, :, None])), dim=1)  # (n, 2, k, tries)
         for i in range(k):
             gap = torch.maximum(*(new[:, :, i, None] - centre[..., None]).abs_().unbind(1))   # (n, k, tries)
             gap[:, i] = apart                                                                 # to itself

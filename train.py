@@ -353,8 +353,8 @@ def evaluate(model, canvases, labels, classes, device, dtype, rank=0, processes=
         totals = reduce(totals.to(device))
     loss, digits, digits_right, empties, empties_right, exact = totals.tolist()
     return {"loss": loss / (digits + empties), "cell_accuracy": (digits_right + empties_right) / (digits + empties),
-            "digit_accuracy": digits_right / digits if digits else None, "empty_accuracy": empties_right / empties if empties else None,
-            "exact_match": exact / len(canvases)}
+            "digit_accuracy": digits_right / digits if digits else None,
+            "empty_accuracy": empties_right / empties if empties else None, "exact_match": exact / len(canvases)}
 
 
 def save(path, checkpoint):
