@@ -2128,7 +2128,8 @@ def test_wandb_offline(few_digits, tmp_path, monkeypatch):
 @pytest.mark.parametrize("phase,flags,least", [(1, ["--max_steps=200"], 0.9), (2, ["--max_steps=150", "--batch_size=64"], 0.5),
                                                (3, ["--max_steps=200", "--dim=64", "--batch_size=64"], 0.3)])
 def test_learns_real_digits(tmp_path, phase, flags, least):
-    train.main([f"--data_dir={os.environ['MNIST_DIR']}", "--data=mnist", f"--phase={phase}", f"--out_dir={tmp_path}", "--eval_every=0", *flags])
+    train.main([f"--data_dir={os.environ['MNIST_DIR']}", "--data=mnist", f"--phase={phase}", f"--out_dir={tmp_path}", "--eval_every=0",
+                "--test_canvases=2000", *flags])
     assert metrics(tmp_path)[-1]["digit_accuracy"] > least
 
 
