@@ -1953,18 +1953,22 @@ def test_a_single_digit_is_normalised_as_mnist_is(height, width, left):
     assert all(abs(m - 14) <= 0.75 for m in middle) and 2 <= columns[-1] - columns[0] + 1 <= 12
 
 
-@pytest.mark.parametrize("margin", [0, 1, 2, 6])
 @pytest.mark.parametrize("scale", [1, 5])
-def test_a_digit_cut_close_is_the_same_digit(drawn, margin, scale):
+def test_a_digit_cut_close_is_the_same_digit(drawn, scale):
     """Dark on paper whose light falls off by a third, and of which hardly any is left: as it is with paper all around."""
-    for digit in drawn[0][:10]:
+    for digit in drawn[0][:30]:
         top, left, height, width = (int(edge) for edge in data.ink_box(digit[None]))
         ink = F.interpolate(digit[None, None, top:top + height, left:left + width].float() / 255, scale_factor=scale)[0, 0]
-        close, whole = (0.9 - 0.8 * F.pad(ink, [paper * scale] * 4) for paper in (margin, 20))
-        close = sample.as_canvas(close * torch.linspace(1, 2 / 3, close.shape[1]), 1, 28, None).float()
-        whole = sample.as_canvas(whole, 1, 28, None).float()
-        moved = [(close.roll(step, (0, 1)) - whole).abs().mean() for step in itertools.product((-1, 0, 1), repeat=2)]
-        assert min(moved) < 18                                  # another digit is 31 away
+
+        def as_read(margin, darkest):
+            paper = 0.9 - 0.8 * F.pad(ink, [margin * scale] * 4)
+            return sample.as_canvas(paper * torch.linspace(1, darkest, paper.shape[1]), 1, 28, None).float()
+
+        whole = as_read(20, 1)
+        for margin in (0, 1, 2, 6):
+            close = as_read(margin, 2 / 3)
+            moved = [(close.roll(step, (0, 1)) - whole).abs().mean() for step in itertools.product((-1, 0, 1), repeat=2)]
+            assert min(moved) < 18, margin                      # another digit is 31 away
 
 
 def npy_header(shape):
