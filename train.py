@@ -101,9 +101,9 @@ class Settings:
 
 
 # What a phase gets by default. Together with data.PHASES, this is all that the program knows of phases. Where digits are
-# on a grid, few and large patches see many digits a second; patches of 7 px read digits that were held back still better,
-# but take twice as long. Phase 3 is about where a digit is, to half a px, rather than which: patches that overlap make that
-# harder, as their borders are not those of cells, and so does augmentation in a short run.
+# on a grid, few and large patches see many digits a second; as many steps with patches of 7 px read held-back digits better,
+# but take twice as long. Overlap makes no difference in phase 1 and helps a little in phase 2. Phase 3 is about where a digit
+# is, to half a px, rather than which: there patches that overlap are far worse, and in a short run so is augmentation.
 DEFAULTS = {
     1: dict(max_steps=6_800, batch_size=256, eval_every=3_000, lr=7e-3,
             patch_size=14, overlap=0, dim=64, depth=4, heads=1, positions="learned", window=0,
