@@ -8,6 +8,7 @@
     python sample.py --curves --out_dir out/a out/b  # how runs went: out/a/curves.png (needs matplotlib)
 """
 import argparse
+import io
 import itertools
 import json
 import os
@@ -193,7 +194,8 @@ def write(picture, top, left, words, colour, scale=2):
     for i, letter in enumerate(words.upper()):
         bits = np.array([[row >> 2 & 1, row >> 1 & 1, row & 1] for row in FONT.get(letter, [0] * 5)], dtype=bool)
         glyph = picture[top + scale:, left + scale * (4 * i + 1):][:5 * scale, :3 * scale]
-        glyph[bits.repeat(scale, 0).repeat(scale, 1)] = colour
+        bits = bits.repeat(scale, 0).repeat(scale, 1)[:glyph.shape[0], :glyph.shape[1]]     # a picture may be too low for it
+        glyph[bits] = colour
 
 
 def outline(picture, top, left, side, colour, dashed):
@@ -249,15 +251,13 @@ def sheet(rows):
 
 
 def save_png(path, picture):
-    """uint8 (H, W, 3) -> a PNG file (W3C PNG specification, colour type 2, filter 0), written beside and renamed."""
+    """uint8 (H, W, 3) -> a PNG file (W3C PNG specification, colour type 2, filter 0)."""
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
     height, width = picture.shape[:2]
     lines = np.concatenate((np.zeros((height, 1), np.uint8), picture.reshape(height, -1)), axis=1)
-    beside = path.with_suffix(".png.part")
-    beside.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-                       + chunk(b"IDAT", zlib.compress(lines.tobytes())) + chunk(b"IEND", b""))
-    os.replace(beside, path)
+    data.write_whole(path, b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+                     + chunk(b"IDAT", zlib.compress(lines.tobytes())) + chunk(b"IEND", b""))
     print(f"wrote {path}")
 
 
@@ -482,7 +482,9 @@ def curves(folders):
     for row in (0, 2):
         panels[row, 0].legend(fontsize=8)
     path = Path(folders[0]) / "curves.png"
-    figure.savefig(path, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
+    data.write_whole(path, picture.getbuffer())
     print(f"wrote {path}")
 
 

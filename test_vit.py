@@ -1359,17 +1359,23 @@ def test_a_killed_run_resumes_exactly(few_digits, tmp_path):
     assert_same_run(tmp_path / "out", tmp_path / "undisturbed")
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
+def save_noise(path, n):
+    sample.save_png(path, np.random.default_rng(0).integers(256, size=(n // 10, 10, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("name,save", [
+    ("ckpt.pt", lambda path, n: train.save(path, {"weights": torch.ones(n)})), ("sample.png", save_noise)])
+def test_a_full_disk_keeps_the_last_checkpoint(name, save, tmp_path):
     resource = pytest.importorskip("resource", reason="needs limits on files, which Windows has not")
-    path = tmp_path / "ckpt.pt"
-    train.save(path, {"weights": torch.ones(10)})
+    path = tmp_path / name
+    save(path, 10)
     before = path.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(OSError, match="ckpt.pt cannot be saved: File too large; an earlier one is kept"):
-            train.save(path, {"weights": torch.ones(100_000)})
+        with pytest.raises(OSError, match=f"{name} cannot be saved: File too large; an earlier one is kept"):
+            save(path, 100_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
@@ -1838,6 +1844,8 @@ def test_tile_tells_right_from_wrong_without_colour():
     assert large.shape[1] == 512
     for corner in (large[:30, :30], large[:30, 482:], large[482:512, :30], large[482:512, 482:]):
         assert 20 < (corner == 24).all(2).sum() < 200                       # the ground of what was read
+    strip = sample.tile(torch.zeros(8, 160, dtype=torch.uint8), [(0, 5, 4, 4, 0.9)], 8, "x")
+    assert (strip[:8] == sample.GREEN).all(2).sum() > 48                    # lower than a letter: a frame, and as much as there is room for
 
 
 def test_gaze_of_one_block():

@@ -83,14 +83,14 @@ class Settings:
     positions: Optional[str] = None         # learned or rotary
     window: Optional[int] = None            # patches that attention reaches on each side; 0: all of the canvas
     dropout: float = 0.0                    # share of activations dropped in training
-    drop_path: float = 0.0                  # share of images that skip the last block's branches in training
+    drop_path: float = 0.0                  # share of images that skip a branch of the last block in training
     # Canvases and augmentation
     canvas_size: Optional[int] = None       # px, side of the canvas (default: the phase's)
     max_digits: Optional[int] = None        # phase 3: most digits on a canvas (default: 5)
     min_distance: Optional[int] = None      # px, phase 3: between digits' centres (default: so that ink never overlaps)
     train_digits: Optional[int] = None      # phase 3: most digits on a training canvas: max_digits at least, as far as they fit
     crowded: Optional[float] = None         # phase 3: share of training canvases that hold as many digits as they may
-    borders: Optional[float] = None         # phase 3: share of training digits that are moved beside the border of a cell
+    borders: Optional[float] = None         # phase 3: share of training digits' rows, and of columns, moved beside a cell's border
     hard: float = 0.7                       # share of training digits drawn by how hard they have been; the others uniformly
     rotate: Optional[float] = None          # degrees, most that a training digit is turned
     scale: Optional[float] = None           # share, most that it is scaled up or down
@@ -101,9 +101,10 @@ class Settings:
 
 
 # What a phase gets by default. Together with data.PHASES, this is all that the program knows of phases. Where digits are
-# on a grid, few and large patches see many digits a second; as many steps with patches of 7 px read held-back digits better,
-# but take twice as long. Overlap makes no difference in phase 1 and helps a little in phase 2. Phase 3 is about where a digit
-# is, to half a px, rather than which: there patches that overlap are far worse, and in a short run so is augmentation.
+# on a grid, few and large patches make steps fast, so that more digits are seen a second; as many steps with patches of 7 px
+# read held-back digits better, but take twice as long. Overlap makes no difference in phase 1 and helps a little in phase 2.
+# Phase 3 is about where a digit is, to half a px, rather than which: there patches that overlap are far worse, and augmentation
+# makes a short run worse too.
 DEFAULTS = {
     1: dict(max_steps=6_800, batch_size=256, eval_every=3_000, lr=7e-3,
             patch_size=14, overlap=0, dim=64, depth=4, heads=1, positions="learned", window=0,
@@ -358,19 +359,10 @@ def evaluate(model, canvases, labels, classes, device, dtype, rank=0, processes=
 
 
 def save(path, checkpoint):
-    """Write a checkpoint beside, then rename it: under its own name there is always a whole one, even where the power
-    fails or the disk is full (OSError)."""
-    beside, content = path.with_suffix(".pt.part"), io.BytesIO()
-    torch.save(checkpoint, content)  # into memory first: on a full disk it would fail in ways of its own
-    try:
-        with open(beside, "wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be saved: {error.strerror}; an earlier one is kept, if there was one") from None
+    """Write a checkpoint whole, or not at all (OSError)."""
+    content = io.BytesIO()
+    torch.save(checkpoint, content)  # to memory: on a full disk it would fail in ways of its own
+    data.write_whole(path, content.getbuffer())
 
 
 @contextlib.contextmanager
@@ -492,9 +484,7 @@ def cut_back(path, step):
             except ValueError:  # torn when the run was killed
                 break
             lines.append(line)
-        beside = path.with_suffix(".jsonl.part")
-        beside.write_text("".join(lines))
-        os.replace(beside, path)
+        data.write_whole(path, "".join(lines).encode())
 
 
 def show(text, shown, keep=False):
@@ -607,7 +597,7 @@ def smoke(settings):
 
     def difference(found, expected):
         """Largest difference, in units of the largest expected value. NaN where any value is."""
-        return ((found.double().cpu() - expected).abs().max() / expected.abs().max()).item()
+        return ((found.cpu().double() - expected).abs().max() / expected.abs().max()).item()
 
     # Canvases, from the same random numbers and from the device's own
     digits = data.drawn_digits(500, seed=settings.seed)
@@ -659,8 +649,8 @@ def smoke(settings):
         # AdamW, the same step in float64 on the CPU
         mean, square = torch.zeros_like(weights), torch.zeros_like(weights)
         rates = torch.tensor(adamw_rates(1, settings.lr, settings.weight_decay, settings.beta1, settings.beta2))
-        wanted = weights.double().cpu()
-        adamw(wanted, gradients.double().cpu(), wanted * 0, wanted * 0, matrices, rates.double())
+        wanted = weights.cpu().double()                                 # in this order: not every device has float64
+        adamw(wanted, gradients.cpu().double(), wanted * 0, wanted * 0, matrices, rates.double())
         adamw(weights, gradients, mean, square, matrices, rates.to(device))
         off = difference(weights, wanted)
         check(f"{name} AdamW", off <= 1e-5, f"{off:.1e} off, at most 1e-05 is right")
@@ -766,14 +756,14 @@ def run(given):
     config = model_config(settings, options)
     if checkpoint:
         check_fits(path, checkpoint, kind, config, free=("image_size", "dropout", "drop_path") if settings.eval_only else ())
-        trained = ViT.load(path).to(device)  # refuses tensors that do not fit, before a model of that size takes memory
+        trained = ViT.load(path)  # refuses tensors that do not fit, before a model of that size takes memory
 
     def evaluation(model, **when):
         result = evaluate(model, *test_set, options["classes"], device, dtype, rank, processes)
         return {"event": "eval", "phase": settings.phase, "data": kind + "-val" * bool(settings.val_digits), **when, **result}
 
     if settings.eval_only or checkpoint and checkpoint["step"] >= settings.max_steps:
-        print(table(evaluation(trained), {"checkpoint": path}))
+        print(table(evaluation(trained.to(device)), {"checkpoint": path}))
         return
 
     wandb = start_wandb(settings, config) if settings.wandb and rank == 0 else None
@@ -885,7 +875,7 @@ def run(given):
             step += 1
             rates = adamw_rates(step, lr, settings.weight_decay, settings.beta1, settings.beta2)
             rates.append(1 - min(settings.average, step / (step + 10)))        # early on, a shorter average
-            dials.copy_(torch.tensor([*rates, len(noted)]), non_blocking=True)
+            dials.copy_(torch.tensor([*rates, len(noted)]), non_blocking=device.type == "cuda")  # others may read it too late
             advance()
 
             # Log, evaluate, save

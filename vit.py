@@ -35,7 +35,7 @@ class ViTConfig:
     heads: int = 4              # attention heads in a block, each dim / heads wide
     mlp_ratio: float = 2.0      # hidden width of the MLP, in units of dim
     dropout: float = 0.0        # share of activations dropped in training
-    drop_path: float = 0.0      # share of images that skip the last block's branches in training; rises linearly from 0
+    drop_path: float = 0.0      # share of images that skip a branch of the last block in training; rises linearly from 0
     class_token: bool = False   # a token of its own for the whole image, read by the head; else the mean over tokens
     cell: int = 0               # px, side of the cells that get a label each; 0: one label for the whole image
     positions: str = "learned"  # "learned": a vector a patch. "rotary": queries and keys turn with row and column
@@ -88,7 +88,8 @@ class ViTConfig:
             return sum(parameter.numel() for parameter in ViT(self).parameters())
 
     def flops(self, height=None, width=None):
-        """FLOPs of a forward pass of one image, px (default: image_size): 2 a multiply-add, matrix products alone."""
+        """FLOPs of a forward pass of one image of height x width px (default: image_size). A multiply-add is 2, and matrix
+        products alone are counted."""
         height, width = height or self.image_size, width or self.image_size
         patches = (height // self.patch_size) * (width // self.patch_size)
         tokens = patches + self.class_token
