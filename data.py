@@ -165,21 +165,6 @@ def download(data_dir, name, timeout=10):
     raise ConnectionError(f"no {name.removesuffix('.gz')} in {data_dir} and no mirror gave it ({'; '.join(failures)})")
 
 
-def write_whole(path, content):
-    """Write a file beside, then rename it: under its own name it is always whole, even where the power fails or the disk is
-    full (OSError, and what was there before stays)."""
-    beside = path.with_name(path.name + ".part")
-    try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be saved: {error.strerror}; an earlier one is kept, if there was one") from None
-
-
 def load_digits(data, data_dir, split):
     """Images, labels and their kind, one of KINDS. `data` is a kind, or "auto": what is in the folder or can be downloaded,
     else digits that the program draws itself, and says so."""
@@ -595,3 +580,21 @@ def read(logits, empty=10):
     for (i, row, column), digit, share in zip(found.nonzero().tolist(), best[found].tolist(), confidence[found].tolist()):
         readings[i].append((digit, row, column, share))
     return readings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that a run leaves
+
+def write_whole(path, content):
+    """Write a file beside, then rename it: under its own name it is always whole, even where the power fails or the disk is
+    full (OSError, and what was there before stays)."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be saved: {error.strerror}; an earlier one is kept, if there was one") from None

@@ -103,8 +103,8 @@ class Settings:
 # What a phase gets by default. Together with data.PHASES, this is all that the program knows of phases. Where digits are
 # on a grid, few and large patches make steps fast, so that more digits are seen a second; as many steps with patches of 7 px
 # read held-back digits better, but take twice as long. Overlap makes no difference in phase 1 and helps a little in phase 2.
-# Phase 3 is about where a digit is, to half a px, rather than which: there patches that overlap are far worse, and augmentation
-# makes a short run worse too.
+# Phase 3 is about where a digit is, to half a px, rather than which: there, in a short run, patches that overlap are far worse,
+# and so is augmentation.
 DEFAULTS = {
     1: dict(max_steps=6_800, batch_size=256, eval_every=3_000, lr=7e-3,
             patch_size=14, overlap=0, dim=64, depth=4, heads=1, positions="learned", window=0,
