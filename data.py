@@ -269,7 +269,7 @@ def drawn_digits(n, seed):
 
 def ink_span(images):
     """Where the ink (values above 0) of each line in the last dimension begins, and how long it is to its end."""
-    n, ink = images.shape[-1], images > 0
+    n, ink = images.shape[-1], images.clamp(max=1).short()                      # on a CPU x0.7 of the time of booleans
     count = torch.arange(1, n + 1, dtype=torch.int16, device=images.device)     # amax takes half the time of argmax
     end, back = ((ink * line).amax(-1).long() for line in (count, count.flip(0)))
     begin = n - back                                                            # n, and end is 0, where there is no ink
@@ -334,9 +334,10 @@ def augment(images, rand, rotate=0.0, scale=0.0, shear=0.0, shift=0.0, elastic=0
     # ink only where most of what a px comes from is ink.
     source = torch.stack((images, images.clamp(max=1)), dim=1).float()          # (n, 2, 28, 28)
     drawn, inked = F.grid_sample(source, grid, align_corners=False).unbind(1)
-    within_x, within_y = ((y - centre[:, None]).abs() < side / 2 for centre in ((low + high) / 2 + move).unbind(1))
-    drawn = (drawn * (inked > 0.5) * within_x[:, None] * within_y[:, :, None]).round().byte()
-    return torch.where(drawn.amax((1, 2), keepdim=True) > 0, drawn, images)     # what faded away altogether: as it was
+    within_x, within_y = (((y - centre[:, None]).abs() < side / 2).float() for centre in ((low + high) / 2 + move).unbind(1))
+    drawn = (drawn * inked.round() * within_x[:, None] * within_y[:, :, None]).round().byte()   # faster than with booleans
+    faded = drawn.amax((1, 2), keepdim=True) == 0
+    return drawn + images * faded                                               # what faded away altogether: as it was
 
 
 # ---------------------------------------------------------------------------------------------------------------------
