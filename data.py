@@ -504,7 +504,7 @@ def place(box, present, size, min_distance, ink, rand, cell=1, borders=0.0, swee
         centre = side + 2 * below(size - side + 1, k, tries)
         if borders:
             border = (centre + cell) // (2 * cell) * 2 * cell
-            beside = border - 2 + centre % 2 + 2 * below(2, k, tries)       # 1 or half a px before it, on it or half a px past
+            beside = border - 2 + (centre & 1) + 2 * below(2, k, tries)       # 1 or half a px before it, on it or half a px past
             moved = (rand(k, tries) < borders) & (beside >= side) & (beside <= 2 * size - side)
             centre = torch.where(moved, beside, centre)
         return centre
@@ -522,14 +522,14 @@ def place(box, present, size, min_distance, ink, rand, cell=1, borders=0.0, swee
     absent = ~present[:, None]
     centre = torch.stack((row, column), dim=1).masked_fill_(absent, -2 * size - apart).int()  # (n, 2, k)
     for _ in range(sweeps):
-        new = torch.stack((anywhere(height[:, :, None]), anywhere(width[:, :, None])), dim=1)  # (n, 2, k, tries)
+        new = torch.stack((anywhere(height[:, :, None]), anywhere(width[:, :, None])), dim=1)     # (n, 2, k, tries)
+        here = centre[..., None]                                            # the last place to try: where it is, which is free
+        new = torch.cat((torch.where(absent[..., None], here, new), here), dim=3)
         for i in range(k):
-            gap = torch.maximum(*(new[:, :, i, None] - centre[..., None]).abs_().unbind(1))   # (n, k, tries)
-            gap[:, i] = apart                                                                 # to itself
-            free = (gap.amin(1) >= apart) & present[:, i, None]
-            first = free.byte().argmax(1, keepdim=True)                     # 0 where none is free: then it stays
-            moved = new[:, :, i].gather(2, first[:, None].expand(-1, 2, 1))                   # (n, 2, 1)
-            centre[:, :, i:i + 1] = torch.where(free.gather(1, first)[:, None], moved, centre[:, :, i:i + 1])
+            gap = torch.maximum(*(new[:, :, i, None] - centre[..., None]).abs_().unbind(1))       # (n, k, tries + 1)
+            gap[:, i] = apart                                                                     # to itself
+            first = (gap.amin(1) >= apart).byte().argmax(1)                                       # (n,), free
+            centre[:, :, i] = new[:, :, i].gather(2, first[:, None, None].expand(-1, 2, 1)).squeeze(2)
     return centre.masked_fill_(absent, ink).mT.long()
 
 
