@@ -268,7 +268,7 @@ def drawn_digits(n, seed):
 # Augmentation, for training only
 
 def ink_span(images):
-    """Where the ink (values above 0) of each line in the last dimension begins, and how long it is to its end."""
+    """uint8 (..., n): where the ink (values above 0) of each line of n px begins, and how long it is to its end."""
     n, ink = images.shape[-1], images.clamp(max=1).short()                      # on a CPU x0.7 of the time of booleans
     count = torch.arange(1, n + 1, dtype=torch.int16, device=images.device)     # amax takes half the time of argmax
     end, back = ((ink * line).amax(-1).long() for line in (count, count.flip(0)))
@@ -277,7 +277,7 @@ def ink_span(images):
 
 
 def ink_box(images):
-    """The box around the ink of images (n, h, w): top, left, height, width, each (n,), px."""
+    """The box around the ink of uint8 images (n, h, w): top, left, height, width, each (n,), px."""
     top, height = ink_span(images.amax(2))
     left, width = ink_span(images.amax(1))
     return top, left, height, width
@@ -335,7 +335,7 @@ def augment(images, rand, rotate=0.0, scale=0.0, shear=0.0, shift=0.0, elastic=0
     source = torch.stack((images, images.clamp(max=1)), dim=1).float()          # (n, 2, 28, 28)
     drawn, inked = F.grid_sample(source, grid, align_corners=False).unbind(1)
     within_x, within_y = (((y - centre[:, None]).abs() < side / 2).float() for centre in ((low + high) / 2 + move).unbind(1))
-    drawn = (drawn * inked.round() * within_x[:, None] * within_y[:, :, None]).round().byte()   # faster than with booleans
+    drawn = (drawn * inked.round() * within_x[:, None] * within_y[:, :, None]).round().byte()   # masks of floats: faster than booleans
     faded = drawn.amax((1, 2), keepdim=True) == 0
     return drawn + images * faded                                               # what faded away altogether: as it was
 
@@ -504,7 +504,7 @@ def place(box, present, size, min_distance, ink, rand, cell=1, borders=0.0, swee
         centre = side + 2 * below(size - side + 1, k, tries)
         if borders:
             border = (centre + cell) // (2 * cell) * 2 * cell
-            beside = border - 2 + (centre & 1) + 2 * below(2, k, tries)       # 1 or half a px before it, on it or half a px past
+            beside = border - 2 + (centre & 1) + 2 * below(2, k, tries)     # 1 or half a px before it, on it or half a px past
             moved = (rand(k, tries) < borders) & (beside >= side) & (beside <= 2 * size - side)
             centre = torch.where(moved, beside, centre)
         return centre
@@ -528,7 +528,7 @@ def place(box, present, size, min_distance, ink, rand, cell=1, borders=0.0, swee
         for i in range(k):
             gap = torch.maximum(*(new[:, :, i, None] - centre[..., None]).abs_().unbind(1))       # (n, k, tries + 1)
             gap[:, i] = apart                                                                     # to itself
-            first = (gap.amin(1) >= apart).byte().argmax(1)                                       # (n,), free
+            first = (gap.amin(1) >= apart).byte().argmax(1)                                       # (n,), the first free one
             centre[:, :, i] = new[:, :, i].gather(2, first[:, None, None].expand(-1, 2, 1)).squeeze(2)
     return centre.masked_fill_(absent, ink).mT.long()
 

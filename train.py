@@ -102,8 +102,8 @@ class Settings:
 
 # What a phase gets by default. Together with data.PHASES, this is all that the program knows of phases. Where digits are
 # on a grid, few and large patches make steps fast, so that more digits are seen a second; as many steps with patches of 7 px
-# read held-back digits better, but take twice as long. Overlap makes no difference in phase 1 and helps a little in phase 2, as
-# does attention that reaches the next patch alone, with two heads: what stands in the other cells says nothing about a digit.
+# read held-back digits better, but take twice as long. Overlap makes no difference in phase 1 and helps a little in phase 2, and
+# so does attention to neighbouring patches alone, with two heads: on held-back digits, and no more than a little.
 # Phase 3 is about where a digit is, to half a px, rather than which: there, in a short run, patches that overlap are far worse,
 # and so is augmentation.
 DEFAULTS = {
