@@ -2158,19 +2158,18 @@ def test_real_digits_on_pages_are_read(trained, tmp_path, form):
         save_page(path, form, page_of(page, 3, seeded(i)), page, 3)
         canvas = sample.as_canvas(sample.load_picture(path), 1, 28, None)
         right += (model(data.to_input(canvas[None])).argmax(-1).item() == labels[i]).item()
-    assert right >= 18
+    assert right >= 19
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A model of phase 1 after some seconds, and test digits that it reads right and is sure of."""
+    """A model of phase 1 after some seconds, and test digits that it reads right."""
     out = tmp_path_factory.mktemp("trained")
     train.main([f"--data_dir={os.environ['MNIST_DIR']}", "--data=mnist", "--phase=1", f"--out_dir={out}", "--eval_every=0", "--max_steps=400"])
     model = ViT.load(out / "ckpt.pt").requires_grad_(False)
     images, labels = data.load_mnist(os.environ["MNIST_DIR"], "test")
-    share, digit = model(data.to_input(images[:200])).softmax(-1).flatten(0, 2).max(-1)
-    known = (digit == labels[:200]) & (share > 0.9)
-    return model, images[:200][known], labels[:200][known]
+    right = model(data.to_input(images[:200])).argmax(-1).flatten() == labels[:200]
+    return model, images[:200][right], labels[:200][right]
 
 
 @needs_mnist
