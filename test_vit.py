@@ -36,7 +36,7 @@ import train
 from vit import ViT, ViTConfig
 
 HERE = Path(__file__).parent
-needs_mnist = pytest.mark.skipif("MNIST_DIR" not in os.environ, reason="set MNIST_DIR to the folder of the MNIST files")
+needs_mnist = pytest.mark.skipif(not os.environ.get("MNIST_DIR"), reason="set MNIST_DIR to the folder of the MNIST files")
 AUGMENTATION = dict(rotate=20, scale=0.2, shear=0.2, shift=2, elastic=2)
 
 
