@@ -306,7 +306,9 @@ class ViT(nn.Module):
     def forward_features(self, images, maps=None):
         """Images (B, C, H, W) -> normalised tokens (B, N, dim), the class token first. Blocks append to the list `maps`."""
         rows, columns = self.grid_of(images)
-        x = self.patch_embed(images)                                # (B, N, dim)
+        # The residual stream has the parameters' dtype, under autocast too: torch's CPU kernel sums the gradients of a
+        # LayerNorm whose input is bfloat16 in bfloat16, and those of phase 3's norms came out at 0.2 to 0.4 of their value
+        x = self.patch_embed(images).to(self.norm.weight.dtype)     # (B, N, dim)
         if self.config.class_token:
             x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
         prefix, rotary, bias = int(self.config.class_token), None, None
