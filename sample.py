@@ -1,11 +1,11 @@
-"""Look at what a trained model sees and reads, in the terminal and in a picture.
+"""Show what a trained model reads, in the terminal and in PNG files.
 
     python sample.py --phase=3                       # test canvases, figures, and out/phase3/sample.png
-    python sample.py --phase=3 --mistakes            # only what it reads wrong, worst first
-    python sample.py --phase=3 --canvas_size=128 --max_digits=16      # larger canvases than it was trained on
-    python sample.py --phase=3 --attention           # where it looked for each digit: out/phase3/attention.png
+    python sample.py --phase=3 --mistakes            # only canvases with mistakes, worst first
+    python sample.py --phase=3 --canvas_size=128 --max_digits=16      # larger canvases than in training
+    python sample.py --phase=3 --attention           # what each digit's cell attended to: out/phase3/attention.png
     python sample.py --phase=3 --image page.png --digit_height=60     # your own pictures: out/phase3/image.png
-    python sample.py --curves --out_dir out/a out/b  # how runs went: out/a/curves.png (needs matplotlib)
+    python sample.py --curves --out_dir out/a out/b  # training curves of runs: out/a/curves.png (needs matplotlib)
 """
 import argparse
 import io
@@ -23,59 +23,40 @@ import torch
 import torch.nn.functional as F
 
 import data
-from vit import ViT
+import train
 
-MOST_PIXELS = 64_000_000    # of a picture that is read
-LONGEST_SIDE = 1024         # px, of a canvas that is read in a picture
-MOST_PATCHES = 16_384       # of a canvas: attention's cost grows with the square of them, a window's mask takes 1 GB
-MOST_GAZED = 4096           # patches of a canvas whose attention is shown: its maps take 2 GB
-TILE = 256                  # px, about the side of a canvas in a picture
+MOST_PIXELS = 64_000_000    # in a picture file
+LONGEST_SIDE = 1024         # px, of a canvas made from a picture
+MOST_PATCHES = 16_384       # on a canvas: attention is quadratic in them, and the mask of a window takes 1 GB
+MOST_ROLLOUT = 4096         # patches on a canvas whose attention is shown: the maps take 2 GB
+TILE = 256                  # px, approximate side of a canvas in a PNG file
 GREEN, RED, WHITE = (90, 220, 110), (255, 95, 85), (255, 255, 255)
 
 
 def parse(arguments):
     parser = argparse.ArgumentParser(prog="sample.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--phase", type=int, default=3, help="whose checkpoint to take, out/phase<phase> (default: 3)")
-    parser.add_argument("--out_dir", nargs="+", help="the folder of ckpt.pt, in place of out/phase<phase>; several with --curves")
-    parser.add_argument("--data_dir", help="folder of the digits' files (default: that of the run)")
-    parser.add_argument("--canvas_size", type=int, help="px, side of the test canvases (default: that of the run)")
-    parser.add_argument("--max_digits", type=int, help="phase 3: most digits on a test canvas (default: that of the run)")
-    parser.add_argument("--min_distance", type=int, help="px, phase 3: between digits' centres (default: that of the run)")
-    parser.add_argument("--test_canvases", type=int, help="how many to read (default: 10,000, or in phase 1 each test digit once)")
-    parser.add_argument("--start", type=int, default=0, help="the first test canvas to show (default: 0)")
-    parser.add_argument("--count", type=int, help="how many to show (default: 4 in the terminal, 16 in the picture)")
-    parser.add_argument("--mistakes", action="store_true", help="show only canvases with mistakes, worst first")
-    parser.add_argument("--attention", action="store_true", help="show where the cell of each digit looked, in attention.png")
-    parser.add_argument("--curves", action="store_true", help="draw metrics.jsonl into curves.png, with matplotlib")
-    parser.add_argument("--image", nargs="+", metavar="FILE", help="read these: .npy and .pgm, others through Pillow")
-    parser.add_argument("--digit_height", type=float, help="px, height of the digits in --image, where they are found anywhere "
-                        "(default: 20, MNIST's)")
+    flag = parser.add_argument
+    flag("--phase", type=int, default=3, help="show the run in out/phase<phase> (default: 3)")
+    flag("--out_dir", nargs="+", help="folder of ckpt.pt (default: out/phase<phase>); with --curves, one or more")
+    flag("--data_dir", help="folder of the digits' files (default: that of the run)")
+    flag("--canvas_size", type=int, help="side of the test canvases, px (default: that of the run)")
+    flag("--max_digits", type=int, help="phase 3: most digits on a test canvas (default: that of the run)")
+    flag("--min_distance", type=int, help="phase 3: minimum distance of digits' centres, px (default: that of the run)")
+    flag("--test_canvases", type=int, help="test canvases to read (default: 10,000; in phase 1, each test digit once)")
+    flag("--start", type=int, default=0, help="first test canvas to show (default: 0)")
+    flag("--count", type=int, help="test canvases to show (default: 4 in the terminal, 16 in sample.png)")
+    flag("--mistakes", action="store_true", help="show only canvases with mistakes, worst first")
+    flag("--attention", action="store_true", help="show what each digit's cell attended to, in attention.png")
+    flag("--curves", action="store_true", help="plot metrics.jsonl into curves.png (needs matplotlib)")
+    flag("--image", nargs="+", metavar="FILE", help="read these pictures: .npy, .pgm, or any format of Pillow")
+    flag("--digit_height", type=float, help="phase 3: height of the digits in --image, px (default: 20, as in MNIST)")
     return parser.parse_args(arguments)
-
-
-def load(path):
-    """The model of a checkpoint, and what the checkpoint says of its phase, its canvases, the kind of its digits and
-    their folder."""
-    if not path.exists():
-        raise OSError(f"there is no checkpoint {path}: train one with train.py")
-    model = ViT.load(path)
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    try:
-        phase, canvas, kind = checkpoint["phase"], checkpoint["canvas"], checkpoint["data"]
-        folder = checkpoint["settings"]["data_dir"]
-        fits = model.config.cell == data.PHASES[phase].cell and canvas["size"] in (None, model.config.image_size) and \
-            model.config.num_classes == canvas["classes"] + data.has_empty_cells(phase) and kind in data.KINDS and \
-            canvas.keys() == {"size", "max_digits", "min_distance", "classes"} and isinstance(folder, str)
-    except (KeyError, TypeError, AttributeError):
-        fits = False
-    if not fits:
-        raise ValueError(f"{path} is not a checkpoint of train.py: what it says of its canvases does not fit its model")
-    return model, phase, canvas, kind, folder
 
 
 @torch.no_grad()
 def logits_of(model, canvases):
+    """uint8 canvases (n, H, W) -> float logits (n, gh, gw, classes). ValueError for canvases that are too large."""
     patches = canvases[0].numel() // model.config.patch_size**2
     if patches > MOST_PATCHES:
         raise ValueError(f"a canvas of {canvases.shape[2]} x {canvases.shape[1]} px has {patches:,} patches, "
@@ -84,69 +65,69 @@ def logits_of(model, canvases):
 
 
 def compare(reading, truth, empty):
-    """(row, column, digit there or None, digit read or None, confidence) for each cell that has one or the other.
+    """A reading of `data.read` against the truth: a list of findings (row, column, true digit, digit read, confidence),
+    one for each cell that has a digit or is read as one; None stands for no digit.
 
-    truth: (gh, gw) cell labels, or None where nobody knows: then what is read passes for what is there.
+    truth: classes of the cells, (gh, gw), or None where they are unknown: then what is read is taken to be true.
     """
     read = {(row, column): (digit, confidence) for digit, row, column, confidence in reading}
     if truth is None:
-        there = {place: digit for place, (digit, _) in read.items()}
+        true = {cell: digit for cell, (digit, _) in read.items()}
     else:
-        there = {(row, column): digit for row, line in enumerate(truth.tolist()) for column, digit in enumerate(line)
-                 if digit != empty}
-    return [(*place, there.get(place), *read.get(place, (None, None))) for place in sorted(read.keys() | there.keys())]
+        true = {(row, column): digit for row, line in enumerate(truth.tolist()) for column, digit in enumerate(line)
+                if digit != empty}
+    return [(*cell, true.get(cell), *read.get(cell, (None, None))) for cell in sorted(read.keys() | true.keys())]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # In the terminal
 
-
 def draw(canvas, colour):
-    """A canvas, uint8 (H, W), as lines of text in a frame: two pixels a character, the upper in front of the lower."""
+    """A uint8 canvas (H, W) as lines of text in a frame, with two pixels, one above the other, in each character."""
     lines = ["┌" + "─" * canvas.shape[1] + "┐"]
-    canvas = F.pad(canvas, (0, 0, 0, canvas.shape[0] % 2))                  # an odd last row in front of paper
+    canvas = F.pad(canvas, (0, 0, 0, canvas.shape[0] % 2))                  # an odd last row is paired with paper
     for upper, lower in zip(canvas[0::2].tolist(), canvas[1::2].tolist()):
         if colour:
-            ink = "".join(f"\033[38;2;{u};{u};{u}m\033[48;2;{v};{v};{v}m▀" for u, v in zip(upper, lower)) + "\033[0m"
+            text = "".join(f"\033[38;2;{u};{u};{u}m\033[48;2;{v};{v};{v}m▀" for u, v in zip(upper, lower)) + "\033[0m"
         else:
-            ink = "".join(" ▄▀█"[2 * (u > 100) + (v > 100)] for u, v in zip(upper, lower))
-        lines.append(f"│{ink}│")
+            text = "".join(" ▄▀█"[2 * (u > 100) + (v > 100)] for u, v in zip(upper, lower))
+        lines.append(f"│{text}│")
     return lines + ["└" + "─" * canvas.shape[1] + "┘"]
 
 
 def describe(findings, known, colour):
-    """A line for each finding of `compare`: place, truth where it is known, reading, confidence."""
+    """Findings of `compare` as lines of text: cell, truth where it is known, digit read, confidence."""
     lines = []
-    for row, column, there, digit, confidence in findings:
-        line = f"  row {row} column {column}: " + (f"{'nothing' if there is None else there}, read as " if known else "")
+    for row, column, true, digit, confidence in findings:
+        line = f"  row {row} column {column}: " + (f"{'nothing' if true is None else true}, read as " if known else "")
         line += "nothing" if digit is None else f"{digit} ({100 * confidence:.1f}%)"
-        if there != digit:
+        if true != digit:
             line = f"\033[1;31m{line}   <-- wrong\033[0m" if colour else f"{line}   <-- wrong"
         lines.append(line)
     return lines or ["  nothing there, nothing read" if known else "  nothing"]
 
 
 def found_nearby(truth, best, empty):
-    """How many digits are found and read: pairs of one that is there and one that is read, alike, in the same cell or one
-    that touches it. Each is in one pair at most; the nearest pair first. truth, best: (n, gh, gw) labels of cells."""
-    there, read, pairs = F.pad(truth, [1] * 4, value=empty), F.pad(best, [1] * 4, value=empty), 0
+    """The number of digits that are found: pairs of a true digit and the same digit read in the same cell or one that
+    touches it. A digit is in at most one pair, nearer pairs first. truth, best: classes of cells (n, gh, gw)."""
+    true, read, pairs = F.pad(truth, [1] * 4, value=empty), F.pad(best, [1] * 4, value=empty), 0
     for step in sorted(itertools.product((-1, 0, 1), repeat=2), key=lambda step: step[0]**2 + step[1]**2):
-        pair = (there != empty) & (there == read.roll(step, (1, 2)))        # what rolls around is the edge, which is empty
+        pair = (true != empty) & (true == read.roll(step, (1, 2)))          # only the empty padding wraps around
         pairs += pair.sum().item()
-        there = there.masked_fill(pair, empty)
+        true = true.masked_fill(pair, empty)
         read = read.masked_fill(pair.roll((-step[0], -step[1]), (1, 2)), empty)
     return pairs
 
 
-def figures(truth, best, classes, mark=""):
+def figures(truth, best, classes, note=""):
     """Confusion matrix, precision and recall, accuracy by number of digits: lines of at most 80 columns.
 
-    truth, best: (n, gh, gw) labels of cells and the model's; classes: how many are digits, the next one is "empty"; mark:
-    what is to be said of the digits.
+    truth, best: true and most probable classes of cells, int64 (n, gh, gw). classes: the number of digit classes; the
+    class after them is "empty". note: a remark on the digits for the heading.
     """
-    size = max(truth.max().item(), best.max().item(), classes - 1) + 1      # with "empty", where there is such a thing
+    size = max(truth.max().item(), best.max().item(), classes - 1) + 1      # includes "empty" where it occurs
     confusion = torch.bincount((truth * size + best).flatten(), minlength=size * size).view(size, size)
-    right, there, read = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    right, true, read = (counts.tolist() for counts in (confusion.diagonal(), confusion.sum(1), confusion.sum(0)))
     names = [str(i) for i in range(classes)] + ["empty"] * (size > classes)
 
     def count(n):  # in 5 columns
@@ -155,51 +136,51 @@ def figures(truth, best, classes, mark=""):
     def share(part, whole):
         return f"{100 * part / whole:.2f}%" if whole else "-"
 
-    lines = ["", f"Cells{mark}" + ": what is there (rows) and what is read (columns)" * (size <= 11)]
-    columns = range(size) if size <= 11 else []                             # more do not fit
-    wide = [6 if j >= classes else 5 for j in columns]                      # 80 columns with the other three
-    lines.append(" " * 5 + "".join(f"{names[j]:>{wide[j]}}" for j in columns) + "   recall precision")
+    lines = ["", f"Cells{note}" + ": what is there (rows) and what is read (columns)" * (size <= 11)]
+    columns = range(size) if size <= 11 else []                             # more do not fit into 80 columns
+    width = [6 if j >= classes else 5 for j in columns]
+    lines.append(" " * 5 + "".join(f"{names[j]:>{width[j]}}" for j in columns) + "   recall precision")
     for i in range(size):
-        cells = "".join(f"{count(confusion[i, j].item()):>{wide[j]}}" for j in columns)
-        recall, precision = share(right[i].item(), there[i].item()), share(right[i].item(), read[i].item())
-        lines.append(f"{names[i]:>5}{cells}{recall:>9}{precision:>10}")
-    digit = truth < classes
-    number, exact = digit.flatten(1).sum(1), (truth == best).flatten(1).all(1)
+        cells = "".join(f"{count(confusion[i, j].item()):>{width[j]}}" for j in columns)
+        lines.append(f"{names[i]:>5}{cells}{share(right[i], true[i]):>9}{share(right[i], read[i]):>10}")
+
+    score = data.score(best, truth, classes)
     lines += ["", f"{'digits on a canvas':>18}{'canvases':>10}{'all right':>11}{'digits right':>14}"]
-    for n in number.unique().tolist():
-        of = number == n
-        lines.append(f"{n:>18}{of.sum().item():>10,}{share(exact[of].sum().item(), of.sum().item()):>11}"
-                     f"{share((digit & (truth == best))[of].sum().item(), digit[of].sum().item()):>14}")
+    for n in score.digits.unique().tolist():
+        exact, digits_right = score.exact[score.digits == n], score.digits_right[score.digits == n]
+        lines.append(f"{n:>18}{len(exact):>10,}{share(exact.sum().item(), len(exact)):>11}"
+                     f"{share(digits_right.sum().item(), n * len(exact)):>14}")
     if size > classes:
-        pairs, digits_there, digits_read = found_nearby(truth, best, classes), digit.sum().item(), (best < classes).sum().item()
-        lines += ["", f"Digits, at most one cell off: recall {share(pairs, digits_there)}, precision {share(pairs, digits_read)}, "
-                  f"F1 {share(2 * pairs, digits_there + digits_read)}"]
+        pairs, true, read = found_nearby(truth, best, classes), sum(true[:classes]), sum(read[:classes])
+        lines += ["", f"Digits, at most one cell off: recall {share(pairs, true)}, precision {share(pairs, read)}, "
+                  f"F1 {share(2 * pairs, true + read)}"]
     return lines
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In a picture: uint8 (height, width, 3)
+# In PNG files: pictures are uint8 arrays (height, width, 3)
 
-FONT = {letter: [int(row) for row in rows] for letter, rows in (glyph.split("=") for glyph in (  # 3 x 5 px, a digit a row
+# Letters of 3 x 5 px: each octal digit is a row, its bits the pixels
+FONT = {letter: [int(row) for row in rows] for letter, rows in (glyph.split("=") for glyph in (
     "0=75557 1=26227 2=71747 3=71717 4=55711 5=74717 6=74757 7=71122 8=75757 9=75717 A=25755 B=65656 C=34443 D=65556 "
     "E=74647 F=74644 G=34553 H=55755 I=72227 J=11152 K=55655 L=44447 M=57755 N=65555 O=25552 P=65644 Q=25573 R=65655 "
     "S=34216 T=72222 U=55557 V=55552 W=55775 X=55255 Y=55222 Z=71247 .=00002 :=02020 -=00700 _=00007 ?=71302").split())}
 
 
-def write(picture, top, left, words, colour, scale=2):
-    """Words into a picture, in letters of 3 x 5 px times scale, on a dark ground; moved to where they fit."""
-    height, width = 7 * scale, scale * (4 * len(words) + 1)
+def write_text(picture, top, left, text, colour, scale=2):
+    """Write text into a picture on a dark ground, in letters of 3 x 5 px times scale, moved to where it fits."""
+    height, width = 7 * scale, scale * (4 * len(text) + 1)
     top, left = max(0, min(top, picture.shape[0] - height)), max(0, min(left, picture.shape[1] - width))
     picture[top:top + height, left:left + width] = 24
-    for i, letter in enumerate(words.upper()):
+    for i, letter in enumerate(text.upper()):
         bits = np.array([[row >> 2 & 1, row >> 1 & 1, row & 1] for row in FONT.get(letter, [0] * 5)], dtype=bool)
         glyph = picture[top + scale:, left + scale * (4 * i + 1):][:5 * scale, :3 * scale]
-        bits = bits.repeat(scale, 0).repeat(scale, 1)[:glyph.shape[0], :glyph.shape[1]]     # a picture may be too low for it
+        bits = bits.repeat(scale, 0).repeat(scale, 1)[:glyph.shape[0], :glyph.shape[1]]     # clipped at the edges
         glyph[bits] = colour
 
 
-def outline(picture, top, left, side, colour, dashed):
-    """A square frame 2 px wide, dashed where something is wrong with what is in it."""
+def draw_frame(picture, top, left, side, colour, dashed):
+    """Draw a square frame, 2 px wide."""
     line = (np.arange(side) // 4 % 2 == 0) if dashed else np.ones(side, dtype=bool)
     square = picture[top:top + side, left:left + side]
     for edge in (square[:, :2], square[:, -2:], square.swapaxes(0, 1)[:, :2], square.swapaxes(0, 1)[:, -2:]):
@@ -207,33 +188,35 @@ def outline(picture, top, left, side, colour, dashed):
 
 
 def tile(canvas, findings, cell, caption, heat=None):
-    """A canvas enlarged, the cell of each finding framed and marked with what is read there; below, in words, a caption
-    and each mistake. heat: float (rows, columns) from 0 to 1, laid over it in orange."""
+    """An enlarged uint8 canvas (H, W). The cell of each finding has a frame, dashed where it is wrong, and
+    shows the digit read. Below are the caption and the mistakes. heat: float (rows, columns), 0 to 1, overlaid in
+    orange."""
     scale = max(1, TILE // max(canvas.shape))
     picture = np.repeat(canvas.numpy().repeat(scale, 0).repeat(scale, 1)[:, :, None], 3, axis=2)
     if heat is not None:
-        warm = F.interpolate(heat[None, None], picture.shape[:2], mode="bilinear")[0, 0, :, :, None].numpy()
-        picture = ((1 - 0.6 * warm) * picture + 0.6 * warm * np.array([255, 140, 0])).astype(np.uint8)
-    side, mistakes = cell * scale, []
-    for row, column, there, digit, _ in findings:
-        wrong = there != digit
-        outline(picture, row * side, column * side, side, RED if wrong else GREEN, wrong)
-        beside = side + 2 if side < 64 and not wrong and (column + 1) * side + 16 < picture.shape[1] else 4
-        write(picture, row * side + 4, column * side + beside, "-" if digit is None else str(digit), RED if wrong else GREEN)
+        heat = F.interpolate(heat[None, None], picture.shape[:2], mode="bilinear")[0, 0, :, :, None].numpy()
+        picture = ((1 - 0.6 * heat) * picture + 0.6 * heat * np.array([255, 140, 0])).astype(np.uint8)
+    side, lines = cell * scale, [caption]
+    for row, column, true, digit, _ in findings:
+        wrong = true != digit
+        colour = RED if wrong else GREEN
+        draw_frame(picture, row * side, column * side, side, colour, dashed=wrong)
+        outside = side < 64 and not wrong and (column + 1) * side + 16 < picture.shape[1]   # to the right of the frame
+        text = "-" if digit is None else str(digit)
+        write_text(picture, row * side + 4, column * side + (side + 2 if outside else 4), text, colour)
         if wrong:
-            was, reading = ("empty" if label is None else label for label in (there, digit))
-            mistakes.append(f"row {row} column {column}: {was} read as {reading}")
-    lines = [caption] + mistakes
+            true, digit = ("empty" if label is None else label for label in (true, digit))
+            lines.append(f"row {row} column {column}: {true} read as {digit}")
     height, width = picture.shape[0] + 14 * len(lines) + 10, max(picture.shape[1], 10 + 8 * max(map(len, lines)))
-    whole = np.full((height, width, 3), 24, dtype=np.uint8)
-    whole[:picture.shape[0], :picture.shape[1]] = picture
+    captioned = np.full((height, width, 3), 24, dtype=np.uint8)
+    captioned[:picture.shape[0], :picture.shape[1]] = picture
     for i, line in enumerate(lines):
-        write(whole, picture.shape[0] + 5 + 14 * i, 0, line, RED if i else WHITE)
-    return whole
+        write_text(captioned, picture.shape[0] + 5 + 14 * i, 0, line, RED if i else WHITE)
+    return captioned
 
 
 def verdict(findings, known):
-    mistakes = sum(there != digit for _, _, there, digit, _ in findings)
+    mistakes = sum(true != digit for _, _, true, digit, _ in findings)
     if not known:
         return f"{len(findings)} read"
     return f"{mistakes} wrong" if mistakes else "all right" if findings else "nothing there"
@@ -245,13 +228,13 @@ def sheet(rows):
     width = max(tile.shape[1] for row in rows for tile in row) + 8
     picture = np.full((height * len(rows) + 8, width * max(map(len, rows)) + 8, 3), 60, dtype=np.uint8)
     for i, row in enumerate(rows):
-        for j, one in enumerate(row):
-            picture[8 + i * height:, 8 + j * width:][:one.shape[0], :one.shape[1]] = one
+        for j, tile in enumerate(row):
+            picture[8 + i * height:, 8 + j * width:][:tile.shape[0], :tile.shape[1]] = tile
     return picture
 
 
 def save_png(path, picture):
-    """uint8 (H, W, 3) -> a PNG file (W3C PNG specification, colour type 2, filter 0)."""
+    """Save uint8 (H, W, 3) as a PNG file (W3C PNG specification, colour type 2, filter 0). Raises OSError."""
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
     height, width = picture.shape[:2]
@@ -262,77 +245,102 @@ def save_png(path, picture):
 
 
 @torch.no_grad()
-def gaze(model, canvas):
-    """Where each cell looked, from 0 to 1: (gh, gw, rows, columns of patches). Attention rollout (Abnar 2020,
-    arXiv:2005.00928): the maps of all blocks multiplied, half of every one passed by on the residual stream."""
+def attention_rollout(model, canvas):
+    """How much each cell of a uint8 canvas (H, W) attends to each patch, relative to its maximum: float (gh, gw, rows,
+    columns). Attention rollout (Abnar 2020, arXiv:2005.00928): the product of all blocks' attention maps, each averaged
+    with the identity, which stands for the residual connection."""
     patch, cell = model.config.patch_size, model.config.cell
-    if canvas.numel() > MOST_GAZED * patch**2:
-        raise ValueError(f"--attention is for canvases of up to {MOST_GAZED:,} patches, this is one of {tuple(canvas.shape)} px")
+    if canvas.numel() > MOST_ROLLOUT * patch**2:
+        raise ValueError(f"--attention is for canvases of up to {MOST_ROLLOUT:,} patches, this is one of "
+                         f"{tuple(canvas.shape)} px")
     maps = model.attention_maps(data.to_input(canvas[None]))[:, 0].mean(1)  # (depth, N, N), the mean over heads
-    flow = torch.eye(maps.shape[-1])
-    for block in maps:
-        flow = (block + torch.eye(len(flow))) / 2 @ flow
+    rollout = identity = torch.eye(maps.shape[-1])
+    for attention in maps:
+        rollout = (attention + identity) / 2 @ rollout
     rows, columns, k = canvas.shape[0] // patch, canvas.shape[1] // patch, cell // patch
-    flow = flow.view(rows // k, k, columns // k, k, rows, columns).mean((1, 3))
-    return flow / flow.amax((2, 3), keepdim=True)
+    rollout = rollout.view(rows // k, k, columns // k, k, rows, columns).mean((1, 3))
+    return rollout / rollout.amax((2, 3), keepdim=True)
+
+
+def attention_tiles(model, canvas, findings):
+    """A tile for each digit read on a canvas, with the attention of its cell overlaid."""
+    read = [finding for finding in findings if finding[3] is not None]
+    rollout = attention_rollout(model, canvas) if read else None
+    return [tile(canvas, [finding], model.config.cell, f"where {finding[3]} looked", rollout[finding[:2]])
+            for finding in read]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Your own pictures
 
-
 def load_picture(path):
-    """A file -> float tensor (H, W), 0 black to 1 white. Raises ValueError for what is no picture or too large."""
-    def check(height, width):
-        if not 0 < height * width <= MOST_PIXELS:
-            raise ValueError(f"it has {width:,} x {height:,} px, allowed are 1 to {MOST_PIXELS:,} in all")
-
+    """A picture file -> float (H, W), 0 black to 1 white. Raises ValueError if it cannot be read or is too large."""
+    read = {".npy": read_npy, ".pgm": read_pgm}.get(path.suffix.lower(), read_with_pillow)
     try:
-        if path.suffix.lower() == ".npy":
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-            if not isinstance(array, np.ndarray) or array.ndim not in (2, 3) or array.dtype.kind not in "buif":
-                raise ValueError("expected numbers (H, W), (H, W, 3) or (H, W, 4)")
-            check(*array.shape[:2])
-        elif path.suffix.lower() == ".pgm":
-            with open(path, "rb") as file:
-                header = re.match(rb"P([25])" + 3 * rb"(?:\s|#[^\n]*\n)+(\d{1,9})" + rb"\s", file.read(65536))
-                if not header:
-                    raise ValueError("it does not begin like a PGM file, P5 or P2")
-                width, height, most = (int(n) for n in header.groups()[1:])
-                check(height, width)
-                file.seek(header.end())
-                kind = np.dtype(">u2" if most > 255 else "u1")
-                array = np.frombuffer(file.read(height * width * kind.itemsize), kind) if header[1] == b"5" else \
-                    np.array(file.read(8 * height * width + 65536).split()[:height * width], dtype=np.int64)
-                array = array.reshape(height, width) / max(most, 1)
-        else:
-            try:
-                from PIL import Image, ImageOps
-            except ImportError:
-                raise ValueError("only .npy and .pgm are read without Pillow: pip install pillow") from None
-            Image.MAX_IMAGE_PIXELS = None                                   # `check` has its say before pixels are read
-            with Image.open(path) as image:
-                check(image.height, image.width)
-                image = ImageOps.exif_transpose(image)
-                array = np.asarray(image if image.mode[0] in "IF" else image.convert("RGBA"))
-        return grey(torch.from_numpy(np.array(array, dtype=np.float32)), array.dtype)
+        array = read(path)
+        return to_grey(torch.from_numpy(np.array(array, dtype=np.float32)), array.dtype)
     except MemoryError:
         raise ValueError(f"{path} cannot be read: it takes more memory than there is") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # each format has many kinds of them for a broken file
+    except Exception as error:  # a broken file raises different exceptions in each format
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from None
 
 
-def grey(pixels, dtype):
-    """float (H, W) or (H, W, channels) of a NumPy dtype -> (H, W) from 0 to 1: colour by its luma (ITU-R BT.601), what is
-    transparent on white, or on black where what is drawn is light."""
+def check_size(height, width):
+    """Raise ValueError for a picture without pixels or with too many, before it takes memory."""
+    if not 0 < height * width <= MOST_PIXELS:
+        raise ValueError(f"it has {width:,} x {height:,} px, allowed are 1 to {MOST_PIXELS:,} in all")
+
+
+def read_npy(path):
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(array, np.ndarray) or array.ndim not in (2, 3) or array.dtype.kind not in "buif":
+        raise ValueError("expected numbers (H, W), (H, W, 3) or (H, W, 4)")
+    check_size(*array.shape[:2])
+    return array
+
+
+def read_pgm(path):
+    """A PGM file, binary (P5) or text (P2; https://netpbm.sourceforge.net/doc/pgm.html) -> float64 (H, W), 0 to 1."""
+    with open(path, "rb") as file:
+        header = re.match(rb"P([25])" + 3 * rb"(?:\s|#[^\n]*\n)+(\d{1,9})" + rb"\s", file.read(65536))
+        if not header:
+            raise ValueError("it does not begin like a PGM file, P5 or P2")
+        width, height, white = (int(n) for n in header.groups()[1:])
+        check_size(height, width)
+        file.seek(header.end())
+        if header[1] == b"5":
+            dtype = np.dtype(">u2" if white > 255 else "u1")
+            values = np.frombuffer(file.read(height * width * dtype.itemsize), dtype)
+        else:
+            text = file.read(8 * height * width + 65536)
+            values = np.array(text.split()[:height * width], dtype=np.int64)
+    return values.reshape(height, width) / max(white, 1)
+
+
+def read_with_pillow(path):
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise ValueError("only .npy and .pgm are read without Pillow: pip install pillow") from None
+    Image.MAX_IMAGE_PIXELS = None                                           # check_size sets the limit instead
+    with Image.open(path) as image:
+        check_size(image.height, image.width)
+        image = ImageOps.exif_transpose(image)
+        return np.asarray(image if image.mode[0] in "IF" else image.convert("RGBA"))
+
+
+def to_grey(pixels, dtype):
+    """float (H, W) or (H, W, channels), read from a NumPy dtype -> (H, W) from 0 to 1.
+
+    Colours become luma (ITU-R BT.601). A transparent background becomes white, or black where the drawing is light."""
     if not pixels.isfinite().all():
         raise ValueError("some of its values are not finite")
     if dtype in (np.uint8, np.uint16):                                      # 1, 8, 12 or 16 bits in use
-        most = int(pixels.max())
-        pixels = pixels / (255 if dtype == np.uint8 and most > 1 else max(2 ** most.bit_length() - 1, 1))
-    elif pixels.max() > 1 or pixels.min() < 0:                              # other numbers: the darkest 0, the lightest 1
+        largest = int(pixels.max())
+        pixels = pixels / (255 if dtype == np.uint8 and largest > 1 else max(2 ** largest.bit_length() - 1, 1))
+    elif pixels.max() > 1 or pixels.min() < 0:                              # an unknown range: stretch it to 0 to 1
         pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp(min=1e-9)
     if pixels.ndim == 2:
         return pixels
@@ -344,8 +352,8 @@ def grey(pixels, dtype):
     if pixels.shape[2] == 3:
         return luma
     alpha = pixels[:, :, 3]
-    ground = 0.0 if alpha.min() < 1 and (luma * alpha).sum() > 0.5 * alpha.sum() else 1.0
-    return luma * alpha + ground * (1 - alpha)
+    background = 0.0 if alpha.min() < 1 and (luma * alpha).sum() > 0.5 * alpha.sum() else 1.0
+    return luma * alpha + background * (1 - alpha)
 
 
 def resize(picture, height, width):
@@ -353,59 +361,60 @@ def resize(picture, height, width):
 
 
 def ink_of(picture):
-    """float (H, W) -> ink from 0 to 1, whichever of ink and paper is darker, whatever the light on the paper."""
+    """float (H, W) -> ink from 0 to 1, whether the ink is dark or light, in light that changes gradually."""
     middle = picture.median()
     if (picture - middle).clamp(min=0).square().sum() < (middle - picture).clamp(min=0).square().sum():
-        picture = 1 - picture                                               # dark ink: now it is light
-    # Paper around each place: what is dark among the means of 7 x 7 blocks of 8 px
+        picture = 1 - picture                                               # dark ink becomes light
+    # Paper at each place: the 0.2 quantile of the means of 7 x 7 blocks of 8 px around it
     coarse = resize(picture, *(-(-side // 8) for side in picture.shape))
-    around = F.unfold(F.pad(coarse[None, None], [3] * 4, mode="replicate"), 7).quantile(0.2, dim=1).view_as(coarse)
-    difference = picture - resize(around, *picture.shape)
-    noise = 1.4826 * difference.abs().median()
-    full = difference.flatten().topk(min(20, difference.numel())).values.mean()     # fully inked pixels, a few at least
+    paper = F.unfold(F.pad(coarse[None, None], [3] * 4, mode="replicate"), 7).quantile(0.2, dim=1).view_as(coarse)
+    difference = picture - resize(paper, *picture.shape)
+    noise = 1.4826 * difference.abs().median()                              # the standard deviation, if it is Gaussian
+    full = difference.flatten().topk(min(20, difference.numel())).values.mean()     # of fully inked pixels
     if full < max(0.1, 5 * noise):                                          # nothing but paper
         return torch.zeros_like(picture)
-    low = min(4 * noise / full, 0.5)                                        # noise is no ink
-    return ((difference / full - low) / (1 - low)).clamp(0, 1)
+    threshold = min(4 * noise / full, 0.5)
+    return ((difference / full - threshold) / (1 - threshold)).clamp(0, 1)
 
 
 def without_specks(ink):
-    """Ink, float (H, W), without pieces of less than a tenth of the largest one."""
-    there = ink > 0.05
-    label = torch.arange(1.0, ink.numel() + 1).view_as(ink) * there
-    while True:                                                             # the largest number in a piece spreads over it
-        spread = F.max_pool2d(label[None, None], 3, stride=1, padding=1)[0, 0] * there
+    """Ink, float (H, W), without connected pieces that have less than a tenth of the ink of the largest."""
+    mask = ink > 0.05
+    label = torch.arange(1.0, ink.numel() + 1).view_as(ink) * mask
+    while True:                                                             # the largest number spreads over its piece
+        spread = F.max_pool2d(label[None, None], 3, stride=1, padding=1)[0, 0] * mask
         if torch.equal(spread, label):
             break
         label = spread
     mass = torch.bincount(label.long().flatten(), ink.flatten())
     mass[0] = 0
-    return ink * (mass >= mass.max() / 10)[label.long()] * there
+    return ink * (mass >= mass.max() / 10)[label.long()] * mask
 
 
 def with_margins(picture):
-    """float (H, W) -> about (2 H, 2 W): in even light, and with paper around it.
+    """float (H, W) -> about (2 H, 2 W), in even light and with paper around it.
 
-    How the light changes is a plane fitted to the edges, most of which is paper: with the least sum of absolute differences,
-    which ink disturbs little, by weighted least squares."""
+    The light is modelled as a plane, fitted to the pixels at the edges, most of which are paper. The fit minimises the
+    sum of absolute differences, which ink disturbs little, by iteratively reweighted least squares."""
     row, column = (torch.linspace(-1, 1, side) for side in picture.shape)
     terms = torch.stack(torch.broadcast_tensors(torch.ones(()), row[:, None], column), dim=-1)      # (H, W, 3)
     edge = torch.ones_like(picture, dtype=torch.bool)
     edge[1:-1, 1:-1] = False
-    known, light = terms[edge], picture[edge]                               # (E, 3), (E,)
+    edge_terms, light = terms[edge], picture[edge]                          # (E, 3), (E,)
     weight = torch.ones_like(light)
     for _ in range(20):
-        plane = torch.linalg.lstsq(known * weight[:, None], light * weight).solution
-        weight = (light - known @ plane).abs().clamp(min=1e-3).rsqrt()
+        plane = torch.linalg.lstsq(edge_terms * weight[:, None], light * weight).solution
+        weight = (light - edge_terms @ plane).abs().clamp(min=1e-3).rsqrt()
     height, width = (side // 2 for side in picture.shape)
     return F.pad(picture - terms[..., 1:] @ plane[1:], (width, width, height, height), value=plane[0].item())
 
 
 def as_mnist(picture):
-    """One digit, float (H, W) -> uint8 (28, 28) as MNIST has them: ink fitted to 20 x 20 px, its mass in the middle."""
+    """A picture of one digit, float (H, W) -> uint8 (28, 28) as in MNIST: ink fitted to 20 x 20 px, centred by mass.
+    Raises ValueError if there is no ink."""
     scale = min(1, 200 / max(picture.shape))
     picture = resize(picture, *(max(1, round(side * scale)) for side in picture.shape))
-    ink = without_specks(ink_of(with_margins(picture)))                     # where it is cut close, there is little paper
+    ink = without_specks(ink_of(with_margins(picture)))                     # a close crop shows too little paper
     rows, columns = (ink > 0.3).any(1).nonzero(), (ink > 0.3).any(0).nonzero()
     if not len(rows):
         raise ValueError("no ink was found where a digit should be")
@@ -422,8 +431,10 @@ def as_mnist(picture):
 
 
 def as_canvas(picture, phase, size, digit_height):
-    """A picture, float (H, W) -> a uint8 canvas of a phase. Where every cell holds a digit, the picture is cut into the
-    grid of a canvas of `size` px; elsewhere any size will do, filled up with paper to whole cells."""
+    """A picture, float (H, W) -> a uint8 canvas of a phase. Raises ValueError if it is too small or too large.
+
+    Where every cell holds a digit, the picture is cut into the grid of a canvas of `size` px. Elsewhere it is scaled by
+    its `digit_height` (px; None: 20) to MNIST's 20 px, and padded with paper to whole cells."""
     cell = data.PHASES[phase].cell
     if not data.has_empty_cells(phase):
         grid = size // cell
@@ -434,65 +445,72 @@ def as_canvas(picture, phase, size, digit_height):
     scale = 20 / (digit_height or 20)
     height, width = (max(1, round(side * scale)) for side in picture.shape)
     if max(height, width) > LONGEST_SIDE:
-        raise ValueError(f"it makes a canvas of {width} x {height} px, at most {LONGEST_SIDE} will do: give the height of its "
-                         f"digits as --digit_height, or cut it")
+        raise ValueError(f"it makes a canvas of {width} x {height} px, at most {LONGEST_SIDE} will do: give the height "
+                         "of its digits as --digit_height, or cut it")
     ink = ink_of(resize(picture, height, width))
     return (255 * F.pad(ink, (0, -width % cell, 0, -height % cell))).round().byte()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Curves
+# Training curves
+
+PANELS = (("cross entropy of cells", "log"), ("learning rate", "linear"), ("accuracy, %", "linear"))
+CURVES = (  # panel, event and key in metrics.jsonl, label, style
+    (0, "train", "loss", "training", dict(linewidth=1)),
+    (0, "eval", "loss", "evaluation", dict(linestyle="--", marker="o")),
+    (1, "train", "lr", "training", dict(linewidth=1)),
+    (2, "eval", "digit_accuracy", "digit accuracy", dict(marker="o")),
+    (2, "eval", "exact_match", "exact match", dict(linestyle="--", marker="s")))
 
 
 def curves(folders):
-    """Draw the metrics of runs over each other, by steps and by seconds, into curves.png of the first."""
+    """Plot the metrics of runs together, by steps and by seconds, into curves.png of the first folder."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("--curves needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(12, 11), layout="constrained")
-    panels = figure.subplots(3, 2, sharex="col", sharey="row")
+    panels = figure.subplots(len(PANELS), 2, sharex="col", sharey="row")
     for number, folder in enumerate(folders):
         path = Path(folder) / "metrics.jsonl"
         try:
-            lines = [json.loads(line) for line in path.read_text().splitlines()]
-            training, evaluations = ([line for line in lines if line["event"] == event] for event in ("train", "eval"))
-            if not training:
-                raise ValueError("nothing was logged yet")
-            name = f"{folder} (drawn digits)" if any("drawn" in line["data"] for line in evaluations) else folder
-            for axis, column in (("step", 0), ("seconds", 1)):
-                for row, key in ((0, "loss"), (1, "lr")):
-                    panels[row, column].plot([line[axis] for line in training], [line[key] for line in training],
-                                             color=f"C{number}", linewidth=1, label=f"{name}, training")
-                panels[0, column].plot([line[axis] for line in evaluations], [line["loss"] for line in evaluations], "o--",
-                                       color=f"C{number}", label=f"{name}, evaluation")
-                for key, style in (("digit_accuracy", "o-"), ("exact_match", "s--")):
-                    shares = np.array([line[key] for line in evaluations], dtype=float)     # None, where there are no digits: NaN
-                    panels[2, column].plot([line[axis] for line in evaluations], 100 * shares, style, color=f"C{number}",
-                                           label=f"{name}, {key.replace('_', ' ')}")
+            plot_run(panels, folder, [json.loads(line) for line in path.read_text().splitlines()], f"C{number}")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a metrics file of train.py: {type(error).__name__}: {error}") from None
-    for row, title in enumerate(("cross entropy of cells", "learning rate", "accuracy, %")):
-        panels[row, 0].set_ylabel(title)
-        for panel in panels[row]:
-            panel.set_yscale("linear" if row else "log")
+    for (title, scale), row in zip(PANELS, panels):
+        row[0].set_ylabel(title)
+        for panel in row:
+            panel.set_yscale(scale)
             panel.grid(alpha=0.3)
     panels[2, 0].set_xlabel("step")
     panels[2, 1].set_xlabel("seconds, evaluation included")
-    for row in (0, 2):
-        panels[row, 0].legend(fontsize=8)
-    path = Path(folders[0]) / "curves.png"
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=110)
-    data.write_whole(path, picture.getbuffer())
+    panels[0, 0].legend(fontsize=8)
+    panels[2, 0].legend(fontsize=8)
+    path, png = Path(folders[0]) / "curves.png", io.BytesIO()
+    figure.savefig(png, dpi=110)
+    data.write_whole(path, png.getbuffer())
     print(f"wrote {path}")
+
+
+def plot_run(panels, name, metrics, colour):
+    """Add the CURVES of one run. metrics: the objects in its metrics.jsonl."""
+    if not any(line["event"] == "train" for line in metrics):
+        raise ValueError("nothing was logged yet")
+    if any("drawn" in line["data"] for line in metrics if line["event"] == "eval"):
+        name = f"{name} (drawn digits)"
+    for row, event, key, label, style in CURVES:
+        lines = [line for line in metrics if line["event"] == event]
+        values = np.array([line[key] for line in lines], dtype=float)       # None, for no digits, becomes NaN
+        for panel, x in zip(panels[row], ("step", "seconds")):
+            panel.plot([line[x] for line in lines], 100 * values if row == 2 else values, color=colour,
+                       label=f"{name}, {label}", **style)
 
 
 def main(arguments=None):
     flags = parse(arguments)
     try:
         run(flags)
-    except BrokenPipeError:  # nobody reads on, as in `| head`
+    except BrokenPipeError:  # the reader has stopped, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("sample.py: stopped", file=sys.stderr)
@@ -514,62 +532,76 @@ def run(flags):
         raise ValueError(f"--test_canvases must be from 1 to 1000000, not {flags.test_canvases}")
     if flags.digit_height is not None and not 1 <= flags.digit_height <= 10_000:
         raise ValueError(f"--digit_height must be from 1 to 10000 px, not {flags.digit_height}")
-    out = Path(folders[0])
-    model, phase, options, kind, folder = load(out / "ckpt.pt")
-    classes = options["classes"]
-    empty = classes if data.has_empty_cells(phase) else None
-    sys.stdout.reconfigure(errors="replace")  # a terminal without half blocks gets question marks, not a traceback
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-
-    # What to show: pictures of one's own, or test canvases and how the whole test set is read
+    folder = Path(folders[0])
+    checkpoint, model = train.load_checkpoint(folder / "ckpt.pt")
+    sys.stdout.reconfigure(errors="replace")  # a terminal without block characters shows question marks instead
     if flags.image:
-        shown = []
-        for name in flags.image:
-            try:
-                canvas = as_canvas(load_picture(Path(name)), phase, model.config.image_size, flags.digit_height)
-                shown.append((Path(name).name, canvas, None, logits_of(model, canvas[None])[0]))
-            except ValueError as error:
-                raise ValueError(error if name in str(error) else f"{name}: {error}") from None
-            if not flags.digit_height and max(canvas.shape) > 2 * model.config.image_size:
-                print(f"{name}: its digits are taken to be 20 px high; if they are not, say so with --digit_height", file=sys.stderr)
+        examples, report = read_pictures(flags, checkpoint, model), []
     else:
-        asked = {"size": flags.canvas_size, "max_digits": flags.max_digits, "min_distance": flags.min_distance}
-        options |= {name: value for name, value in asked.items() if value is not None}
-        images, labels, _ = data.load_digits(kind, flags.data_dir or folder, "test")
-        canvases, truth = data.test_canvases(phase, images, labels, flags.test_canvases, **options)
-        mark = "" if kind == "mnist" else f" ({kind} digits)"
-        print(f"reading {len(canvases):,} test canvases of {canvases.shape[1]} x {canvases.shape[2]} px{mark}", flush=True)
-        logits = logits_of(model, canvases)
-        best = logits.argmax(-1)
-        order = torch.arange(len(canvases))
-        if flags.mistakes:
-            loss = F.cross_entropy(logits.flatten(0, 2), truth.flatten(), reduction="none").view(len(truth), -1).sum(1)
-            wrong = (best != truth).flatten(1).any(1)
-            order = order[wrong][loss[wrong].argsort(descending=True, stable=True)]
-        if flags.start >= len(order) > 0:
-            raise ValueError(f"--start={flags.start}, but there are {len(order)} such canvases")
-        shown = [(f"test canvas {i}{mark}", canvases[i], truth[i], logits[i])
-                 for i in order[flags.start:flags.start + (flags.count or 16)].tolist()]
+        examples, report = read_test_set(flags, checkpoint, model)
+    empty = checkpoint["canvas"]["classes"] if data.has_empty_cells(checkpoint["phase"]) else None
+    present(flags, folder, model, empty, examples, report)
 
-    tiles, gazes = [], []
-    for number, (name, canvas, cells, scores) in enumerate(shown):
-        known = cells is not None
-        findings = compare(data.read(scores[None], empty)[0], cells, empty)
+
+def read_pictures(flags, checkpoint, model):
+    """Examples (name, canvas, None, logits) of the pictures in --image."""
+    examples, size = [], model.config.image_size
+    for file in flags.image:
+        try:
+            canvas = as_canvas(load_picture(Path(file)), checkpoint["phase"], size, flags.digit_height)
+            examples.append((Path(file).name, canvas, None, logits_of(model, canvas[None])[0]))
+        except ValueError as error:
+            raise ValueError(error if file in str(error) else f"{file}: {error}") from None
+        if not flags.digit_height and max(canvas.shape) > 2 * size:
+            print(f"{file}: its digits are taken to be 20 px high; if they are not, say so with --digit_height",
+                  file=sys.stderr)
+    return examples
+
+
+def read_test_set(flags, checkpoint, model):
+    """Read the test set. Returns examples (name, canvas, truth, logits) of the canvases to show, and the figures."""
+    kind = checkpoint["data"]
+    given = {"size": flags.canvas_size, "max_digits": flags.max_digits, "min_distance": flags.min_distance}
+    options = checkpoint["canvas"] | {name: value for name, value in given.items() if value is not None}
+    images, labels, _ = data.load_digits(kind, flags.data_dir or checkpoint["settings"]["data_dir"], "test")
+    layout = data.layout(checkpoint["phase"], images, labels, **options)
+    canvases, truth = data.test_canvases(layout, images, labels, flags.test_canvases)
+    note = "" if kind == "mnist" else f" ({kind} digits)"
+    print(f"reading {len(canvases):,} test canvases of {canvases.shape[1]} x {canvases.shape[2]} px{note}", flush=True)
+    logits = logits_of(model, canvases)
+    best = logits.argmax(-1)
+    order = torch.arange(len(canvases))
+    if flags.mistakes:
+        loss = F.cross_entropy(logits.flatten(0, 2), truth.flatten(), reduction="none").view(len(truth), -1).sum(1)
+        wrong = (best != truth).flatten(1).any(1)
+        order = order[wrong][loss[wrong].argsort(descending=True, stable=True)]
+    if flags.start >= len(order) > 0:
+        raise ValueError(f"--start={flags.start}, but there are {len(order)} such canvases")
+    examples = [(f"test canvas {i}{note}", canvases[i], truth[i], logits[i])
+                for i in order[flags.start:flags.start + (flags.count or 16)].tolist()]
+    return examples, figures(truth, best, layout.classes, note)
+
+
+def present(flags, folder, model, empty, examples, report):
+    """Print examples (name, canvas, truth or None, logits) and the lines of a report, and save the PNG files."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    tiles, attention = [], []
+    for number, (name, canvas, truth, logits) in enumerate(examples):
+        known = truth is not None
+        findings = compare(data.read(logits[None], empty)[0], truth, empty)
         tiles.append(tile(canvas, findings, model.config.cell, f"{name}: {verdict(findings, known)}"))
         if flags.image or number < (flags.count or 4):
             print(f"\n{name}", *draw(canvas, colour), *describe(findings, known, colour), sep="\n")
-            if flags.attention and any(digit is not None for _, _, _, digit, _ in findings):
-                looked = gaze(model, canvas)
-                gazes.append([tiles[-1]] + [
-                    tile(canvas, [one], model.config.cell, f"where {one[3]} looked", looked[one[0], one[1]])
-                    for one in findings if one[3] is not None])
-    if not flags.image:
-        print(*figures(truth, best, classes, mark), "", sep="\n")
-    if not shown:
+            if flags.attention and (details := attention_tiles(model, canvas, findings)):
+                attention.append([tiles[-1], *details])
+    if report:
+        print(*report, "", sep="\n")
+    if not examples:
         return print("no sample.png: nothing is read wrong")
-    save_png(out / ("image.png" if flags.image else "sample.png"), sheet([tiles[i:i + 4] for i in range(0, len(tiles), 4)]))
-    if gazes:
-        save_png(out / "attention.png", sheet(gazes))
+    rows = [tiles[i:i + 4] for i in range(0, len(tiles), 4)]
+    save_png(folder / ("image.png" if flags.image else "sample.png"), sheet(rows))
+    if attention:
+        save_png(folder / "attention.png", sheet(attention))
     elif flags.attention:
         print("no attention.png: no digit was read")
 

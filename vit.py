@@ -35,11 +35,11 @@ class ViTConfig:
     heads: int = 4              # attention heads in a block, each dim / heads wide
     mlp_ratio: float = 2.0      # hidden width of the MLP, in units of dim
     dropout: float = 0.0        # share of activations dropped in training
-    drop_path: float = 0.0      # share of images that skip a branch of the last block in training; rises linearly from 0
+    drop_path: float = 0.0      # drop path rate of the last block in training; it rises linearly from 0
     class_token: bool = False   # a token of its own for the whole image, read by the head; else the mean over tokens
     cell: int = 0               # px, side of the cells that get a label each; 0: one label for the whole image
     positions: str = "learned"  # "learned": a vector a patch. "rotary": queries and keys turn with row and column
-    window: int = 0             # patches that attention reaches on each side, by a mask that saves no work; 0: all of the image
+    window: int = 0             # patches that attention reaches on each side (dense mask: no speed-up); 0: everywhere
 
     @classmethod
     def preset(cls, name, **changes):
@@ -47,8 +47,8 @@ class ViTConfig:
         if name not in PRESETS:
             raise ValueError(f"the presets are {', '.join(PRESETS)}, not {name!r}")
         dim, depth, heads = PRESETS[name]
-        standard = dict(image_size=224, patch_size=16, in_channels=3, num_classes=1000, dim=dim, depth=depth, heads=heads,
-                        mlp_ratio=4.0, class_token=True)
+        standard = dict(image_size=224, patch_size=16, in_channels=3, num_classes=1000, dim=dim, depth=depth,
+                        heads=heads, mlp_ratio=4.0, class_token=True)
         return cls(**{**standard, **changes})
 
     def __post_init__(self):
@@ -56,7 +56,8 @@ class ViTConfig:
             value, least = getattr(self, name), 0 if name in ("overlap", "cell", "window") else 1
             if type(value) is not int or value < least:
                 raise ValueError(f"{name} must be a whole number from {least} up, not {value!r}")
-        for name, kinds in (("mlp_ratio", (int, float)), ("dropout", (int, float)), ("drop_path", (int, float)), ("class_token", (bool,))):
+        for name, kinds in (("mlp_ratio", (int, float)), ("dropout", (int, float)), ("drop_path", (int, float)),
+                            ("class_token", (bool,))):
             if type(getattr(self, name)) not in kinds:
                 raise ValueError(f"{name} must be a {kinds[-1].__name__}, not {getattr(self, name)!r}")
         if not (self.mlp_ratio < math.inf and self.dim * self.mlp_ratio >= 1):
@@ -88,8 +89,8 @@ class ViTConfig:
             return sum(parameter.numel() for parameter in ViT(self).parameters())
 
     def flops(self, height=None, width=None):
-        """FLOPs of a forward pass of one image of height x width px (default: image_size). A multiply-add is 2, and matrix
-        products alone are counted."""
+        """FLOPs of a forward pass of one image of height x width px (default: image_size). A multiply-add counts as 2,
+        and only matrix products count."""
         height, width = height or self.image_size, width or self.image_size
         patches = (height // self.patch_size) * (width // self.patch_size)
         tokens = patches + self.class_token
@@ -145,8 +146,8 @@ def window_bias(rows, columns, window, prefix, device):
 def resample_positions(positions, prefix, rows, columns):
     """Learned positions (1, prefix + grid * grid, dim) -> (1, prefix + rows * columns, dim), bicubic and anti-aliased.
 
-    Interpolation is linear and goes side by side, so it is two matrices. Only they come from F.interpolate, whose backward
-    torch.compile cannot do for sizes that vary.
+    Interpolation is linear and separable, so it is a product with two matrices. Only these come from F.interpolate,
+    whose backward pass torch.compile cannot do for varying sizes.
     """
     grid = math.isqrt(positions.shape[1] - prefix)
     if (rows, columns) == (grid, grid):
@@ -161,8 +162,8 @@ def resample_positions(positions, prefix, rows, columns):
 class PatchEmbedding(nn.Module):
     """Images (B, C, H, W) -> tokens (B, N, dim) in reading order: one linear projection of every patch.
 
-    The weights are a convolution's, as in other ViTs, but used in one matrix product: tokens come out contiguous, where a
-    convolution puts channels first and all that follows has to copy (measured: a training step takes x0.83 to x0.9).
+    The weights are a convolution's, as in other ViTs, but used in one matrix product: it returns contiguous tokens,
+    where a convolution's have channels first, which all that follows has to copy (a training step takes x0.83 to x0.9).
     """
 
     def __init__(self, config):
@@ -190,8 +191,8 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if bias is not None:
             bias = bias.to(q.dtype)                                 # (N, N)
-        # On a CPU the plain form beats torch's kernel where sequences are short: there and back it takes x0.5 to x0.9 of
-        # the kernel's time at 64 tokens in float32, and in bfloat16 x0.13 at 64, x0.45 at 256, x0.7 at 576
+        # On a CPU the plain form beats torch's kernel where sequences are short: forward and backward it takes x0.5 to
+        # x0.9 of the kernel's time at 64 tokens in float32; in bfloat16 x0.13 at 64, x0.45 at 256, x0.7 at 576
         if maps is not None or x.is_cpu and N <= (512 if q.dtype == torch.bfloat16 else 64):
             scores = q * q.shape[-1] ** -0.5 @ k.mT                 # (B, heads, N, N): from each token to all
             weights = (scores if bias is None else scores + bias).softmax(-1)
@@ -235,8 +236,8 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """The model. forward: float (B, C, H, W) -> logits, (B, num_classes) or (B, H / cell, W / cell, num_classes).
 
-    H and W may be any multiples of patch_size and cell, ValueError otherwise: learned positions are resampled, as they are
-    where load_state_dict gets those of another resolution; rotary ones just go on.
+    H and W may be any multiples of patch_size and cell (ValueError otherwise). Learned positions are resampled, as they
+    are by load_state_dict for weights of another resolution; rotary positions need no change.
     """
 
     def __init__(self, config):
@@ -267,7 +268,7 @@ class ViT(nn.Module):
     def load(cls, path):
         """The model of a checkpoint {"config": fields of ViTConfig, "average": state dict}, in eval mode, on the CPU.
 
-        Nothing but tensors and plain values is unpickled: a file cannot run code. ValueError if it is no such checkpoint.
+        Only tensors and plain values are unpickled, so a file cannot run code. ValueError if it is no such checkpoint.
         """
         with open(path, "rb") as file:
             try:
@@ -277,19 +278,21 @@ class ViT(nn.Module):
                     raise ValueError(f"{config.depth} blocks, but {len(checkpoint['average'])} tensors")
                 with torch.device("meta"):  # so that a config that does not fit the tensors costs no memory
                     model = cls(config)
-                if (count := sum(parameter.numel() for parameter in model.parameters())) > os.fstat(file.fileno()).st_size:
+                count = sum(parameter.numel() for parameter in model.parameters())
+                if count > os.fstat(file.fileno()).st_size:
                     raise ValueError(f"its config asks for {count:,} weights, more than the file has bytes")
                 model.load_state_dict(checkpoint["average"], assign=True)
             except Exception as error:  # torch.load has many kinds of them for a file that it cannot make sense of
-                reason = " ".join(str(error).split())[:200]
-                raise ValueError(f"{path} is not a checkpoint of this model: {type(error).__name__}: {reason}") from None
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                raise ValueError(f"{path} is not a checkpoint of this model: {reason}") from None
         return model.eval()
 
     def _load_from_state_dict(self, state_dict, prefix, *args):  # what load_state_dict calls for every module
         positions, grid = state_dict.get(prefix + "pos_embed"), self.config.image_size // self.config.patch_size
         if self.pos_embed is not None and isinstance(positions, torch.Tensor) and positions.ndim == 3:
             first = int(self.config.class_token)
-            if math.isqrt(max(positions.shape[1] - first, 0)) ** 2 == positions.shape[1] - first:  # else torch's message is clear
+            patches = positions.shape[1] - first
+            if math.isqrt(max(patches, 0)) ** 2 == patches:         # otherwise torch's own message is clear
                 state_dict[prefix + "pos_embed"] = resample_positions(positions, first, grid, grid)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -304,10 +307,11 @@ class ViT(nn.Module):
         return self.head(x)
 
     def forward_features(self, images, maps=None):
-        """Images (B, C, H, W) -> normalised tokens (B, N, dim), the class token first. Blocks append to the list `maps`."""
+        """Images (B, C, H, W) -> normalised tokens (B, N, dim), the class token first. Blocks append their attention
+        (B, heads, N, N) to the list `maps`, if there is one."""
         rows, columns = self.grid_of(images)
-        # The residual stream has the parameters' dtype, under autocast too: torch's CPU kernel sums the gradients of a
-        # LayerNorm whose input is bfloat16 in bfloat16, and those of phase 3's norms came out at 0.2 to 0.4 of their value
+        # The residual stream keeps the parameters' dtype under autocast too: torch's CPU kernel sums a LayerNorm's
+        # gradients in the dtype of its input. In bfloat16, over 2,048 tokens, they came out at 0.2 to 0.4 of their size
         x = self.patch_embed(images).to(self.norm.weight.dtype)     # (B, N, dim)
         if self.config.class_token:
             x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
