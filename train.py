@@ -797,7 +797,8 @@ def smoke(settings):
     layout = data.layout(settings.phase, *digits, settings.canvas_size, settings.max_digits, settings.min_distance)
     config = model_config(settings, layout)
     cells = -(-data.FRAME // layout.cell) // 2 * 2 + 1          # an odd number a side, with room for a digit
-    odd = dataclasses.replace(layout, size=cells * layout.cell, max_digits=None if layout.empty is None else 1)
+    one_each = {} if layout.empty is None else {"max_digits": 1, "crowded": 1.0}    # empty ones would have no gradient
+    odd = dataclasses.replace(layout, size=cells * layout.cell, **one_each)
 
     def pair(dtype, layout=training_layout(settings, layout), batch_size=settings.batch_size):
         """The trainer in float64 on the CPU and the one to check. Their digits differ in how hard they are."""
@@ -848,8 +849,8 @@ def differences(found, expected):
     off, size = [torch.stack([tensor.norm() for tensor in tensors]) for tensors in (
         [found[name].cpu().double() - expected[name].cpu().double() for name in expected],
         [tensor.cpu().double() for tensor in expected.values()])]
-    worst, index = (off / size).max(0)
-    return (off.norm() / size.norm()).item(), worst.item(), list(expected)[index]
+    worst, index = (off / size.clamp(min=1e-300)).max(0)    # of a gradient of 0 too
+    return (off.norm() / size.norm().clamp(min=1e-300)).item(), worst.item(), list(expected)[index]
 
 
 def check_drawing(reference, trainer):
