@@ -10,14 +10,13 @@
 From Python: figures, model = train.run(phase=1, max_steps=100).
 
 A run leaves ckpt.pt (see CHECKPOINT) and metrics.jsonl (one JSON object a line) in --out_dir. Every random number of a
-step is a function of (seed, step, purpose), and for dropout of the process. Which digits are drawn depends on their
-losses so far as well, and those are saved. So logging and evaluation change nothing, and a resumed run is the run that
-was never interrupted.
+step is a function of (seed, step, purpose), and for dropout of the process as well. Which digits are drawn depends on
+their losses so far too, and the checkpoint keeps those. So logging and evaluation do not affect training, and a resumed
+run ends like one that was never interrupted.
 """
 import argparse
 import contextlib
 import copy
-import dataclasses
 import difflib
 import hashlib
 import io
@@ -25,15 +24,14 @@ import itertools
 import json
 import math
 import os
-import platform
 import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple, Optional, get_args
+from typing import NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -43,22 +41,10 @@ import data
 from vit import ViT, ViTConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Settings: each field is a flag, and says its default, help, limits and choices. Defaults by phase are in DEFAULTS.
-
-
-def fail(message, code):
-    """End the program with one clear line."""
-    print(f"train.py: {message}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def one_line(error):
-    """What an exception says, in one line of bounded length."""
-    return " ".join(str(error).split())[:200]
-
+# Settings: each field is a flag with its default, help, limits and choices. DEFAULTS has the defaults by phase.
 
 def setting(default, help, low=None, high=None, choices=None):
-    return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
+    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
 
 def phase_summary(phase):
@@ -74,67 +60,67 @@ class Settings:
     data_dir: str = setting("data/mnist", "folder of the four IDX files")
     data: str = setting("auto", "mnist, custom (another data set), drawn (by the program), or auto: whichever there is",
                         choices=("auto", *data.KINDS))
-    out_dir: Optional[str] = setting(None, "folder for ckpt.pt and metrics.jsonl (default: out/phase<phase>)")
+    out_dir: str | None = setting(None, "folder for ckpt.pt and metrics.jsonl (default: out/phase<phase>)")
     resume: bool = setting(False, "continue from the checkpoint in out_dir, if there is one")
     eval_only: bool = setting(False, "evaluate the checkpoint in out_dir and stop")
     smoke: bool = setting(False, "check the device in a few seconds, without files or network, and stop")
     val_digits: int = setting(0, "training digits to hold back and evaluate on, in place of the test set", 0, 1e12)
-    test_canvases: Optional[int] = setting(None, "canvases to evaluate on (default: 10,000, or each test digit once "
-                                           "where a canvas is one digit)", 1, 1e6)
+    test_canvases: int | None = setting(None, "canvases to evaluate on (default: 10,000, or each test digit once where "
+                                        "a canvas is one digit)", 1, 1e6)
     device: str = setting("auto", "cuda, mps, xpu, cpu, or auto: the accelerator if there is one")
     dtype: str = setting("auto", "float32, bfloat16 (autocast), or auto: bfloat16 where the hardware has it",
                          choices=("auto", "float32", "bfloat16"))
     compile: bool = setting(False, "torch.compile the model, which takes up to a minute before training")
     seed: int = setting(0, "seed of every random draw", 0, 1e18)
     # The schedule
-    epochs: Optional[float] = setting(None, "length in epochs of 60,000 canvases, in place of max_steps", 1e-9, 1e9)
-    max_steps: Optional[int] = setting(None, "length in steps", 1, 1e12)
-    batch_size: Optional[int] = setting(None, "canvases per step", 1, 65_536)
+    epochs: float | None = setting(None, "length in epochs of 60,000 canvases, in place of max_steps", 1e-9, 1e9)
+    max_steps: int | None = setting(None, "length in steps", 1, 1e12)
+    batch_size: int | None = setting(None, "canvases per step", 1, 65_536)
     log_every: int = setting(10, "steps between lines of metrics", 1, 1e12)
-    eval_every: Optional[int] = setting(None, "steps between evaluations; 0: only at the end", 0, 1e12)
+    eval_every: int | None = setting(None, "steps between evaluations; 0: only at the end", 0, 1e12)
     save_every: float = setting(30.0, "seconds between checkpoints", 0, 1e12)
     wandb: bool = setting(False, "log to Weights & Biases too (needs the package wandb)")
     # AdamW
-    lr: Optional[float] = setting(None, "peak learning rate", 0, 1e12)
-    warmup: float = setting(0.1, "share of the steps in which the learning rate rises; then it falls to 0", 0, 1)
+    lr: float | None = setting(None, "peak learning rate", 0, 1e12)
+    warmup: float = setting(0.1, "share of the steps that the learning rate warms up for; then it falls to 0", 0, 1)
     weight_decay: float = setting(0.05, "decoupled weight decay, on matrices only", 0, 1e12)
     beta1: float = setting(0.9, "decay of the gradients' moving average", 0, 0.999999)
     beta2: float = setting(0.99, "decay of the squared gradients' moving average", 0, 0.999999)
     grad_clip: float = setting(1.0, "maximum norm of the gradient; 0: no limit", 0, 1e12)
     average: float = setting(0.995, "decay of the weights' moving average, which is what is evaluated", 0, 1)
-    # The model: see ViTConfig, which checks these
-    patch_size: Optional[int] = setting(None, "side of a patch, px")
-    overlap: Optional[int] = setting(None, "px that the patch embedding sees beyond its patch, on each side")
-    dim: Optional[int] = setting(None, "width of a token")
-    depth: Optional[int] = setting(None, "number of blocks")
-    heads: Optional[int] = setting(None, "attention heads per block")
-    mlp_ratio: Optional[float] = setting(None, "hidden width of the MLP, in units of dim")
-    positions: Optional[str] = setting(None, "learned or rotary")
-    window: Optional[int] = setting(None, "patches that attention reaches on each side; 0: all of the canvas")
+    # The model: these are fields of ViTConfig, which checks them
+    patch_size: int | None = setting(None, "side of a patch, px")
+    overlap: int | None = setting(None, "px that the patch embedding sees beyond its patch, on each side")
+    dim: int | None = setting(None, "width of a token")
+    depth: int | None = setting(None, "number of blocks")
+    heads: int | None = setting(None, "attention heads per block")
+    mlp_ratio: float | None = setting(None, "hidden width of the MLP, in units of dim")
+    positions: str | None = setting(None, "position embedding: learned or rotary")
+    window: int | None = setting(None, "patches that attention reaches on each side; 0: all of the canvas")
     dropout: float = setting(0.0, "share of activations dropped in training")
-    drop_path: float = setting(0.0, "drop path rate of the last block; it rises linearly from 0")
+    drop_path: float = setting(0.0, "drop path rate of the last block; it rises linearly from 0 at the first")
     # Canvases; max_digits to borders are for phases whose cells may be empty
-    canvas_size: Optional[int] = setting(None, "side of the canvas, px")
-    max_digits: Optional[int] = setting(None, "maximum number of digits on a canvas")
-    min_distance: Optional[int] = setting(None, "minimum distance of digits' centres, px (default: no ink overlaps)")
-    train_digits: Optional[int] = setting(None, "maximum number of digits on a training canvas: at least max_digits, "
-                                          "capped by what fits", 0, 1e6)
-    crowded: Optional[float] = setting(None, "share of training canvases with the maximum number of digits", 0, 1)
-    borders: Optional[float] = setting(None, "share of training digits moved next to a cell's border", 0, 1)
-    hard: float = setting(0.7, "share of training digits drawn by the root of their loss; the rest uniformly", 0, 0.95)
+    canvas_size: int | None = setting(None, "side of the canvas, px")
+    max_digits: int | None = setting(None, "maximum number of digits on a canvas")
+    min_distance: int | None = setting(None, "minimum distance of digits' centres, px (default: no ink overlaps)")
+    train_digits: int | None = setting(None, "maximum number of digits on a training canvas: at least max_digits, "
+                                       "capped by what fits", 0, 1e6)
+    crowded: float | None = setting(None, "share of training canvases with the maximum number of digits", 0, 1)
+    borders: float | None = setting(None, "share of training digits moved next to a cell's border", 0, 1)
+    hard: float = setting(0.7, "share of training digits drawn in proportion to root loss; the rest uniformly", 0, 0.95)
     # Augmentation of training digits
-    rotate: Optional[float] = setting(None, "maximum rotation, degrees", 0, 180)
-    scale: Optional[float] = setting(None, "maximum change of scale, as a share", 0, 0.9)
-    shear: Optional[float] = setting(None, "maximum shear, as a share", 0, 2)
-    shift: Optional[float] = setting(None, "maximum shift within the frame, px", 0, 14)
-    elastic: Optional[float] = setting(None, "maximum elastic displacement, px", 0, 14)
-    elastic_points: int = setting(3, "control points of that displacement along a side: fewer are smoother", 2, 28)
+    rotate: float | None = setting(None, "maximum rotation, degrees", 0, 180)
+    scale: float | None = setting(None, "maximum change of scale, as a share", 0, 0.9)
+    shear: float | None = setting(None, "maximum shear, as a share", 0, 2)
+    shift: float | None = setting(None, "maximum shift within the frame, px", 0, 14)
+    elastic: float | None = setting(None, "maximum elastic displacement, px", 0, 14)
+    elastic_points: int = setting(3, "control points of the elastic displacement per side: fewer are smoother", 2, 28)
 
 
 # What a phase trains with by default. Together with data.PHASES this is all that the program knows about phases; the
 # README says what each choice is worth. Where digits are on a grid, large patches make steps cheap, so that more digits
-# are seen per second. Where a digit may be anywhere, its place matters to half a px: there, in a short run, overlapping
-# patches are worse, and so is augmentation.
+# are seen per second. Where a digit may be anywhere, half a px decides which cell it is in. There, in a short run,
+# overlapping patches make results worse, and so does augmentation.
 DEFAULTS = {
     1: dict(max_steps=5_600, batch_size=256, eval_every=3_000, lr=7e-3,
             patch_size=14, overlap=0, dim=64, depth=4, heads=1, mlp_ratio=4.0, positions="learned", window=0,
@@ -146,33 +132,31 @@ DEFAULTS = {
             patch_size=8, overlap=0, dim=96, depth=4, heads=4, mlp_ratio=2.0, positions="rotary", window=3,
             rotate=0.0, scale=0.0, shear=0.0, shift=0.0, elastic=0.0),
 }
-AUGMENTATION = ("rotate", "scale", "shear", "shift", "elastic", "elastic_points")
-MODEL = ("patch_size", "overlap", "dim", "depth", "heads", "mlp_ratio", "positions", "window", "dropout", "drop_path")
+FLAGS = {flag.name: flag for flag in fields(Settings)}
 
 
-def types_of(field):
+def types_of(flag):
     """The types that a setting may have: (int,), (int, NoneType), ..."""
-    return get_args(field.type) or (field.type,)
+    return get_args(flag.type) or (flag.type,)
 
 
 def parse(arguments):
-    """Command line -> the settings that it gives, a dict. Ends the program with one line where it makes no sense."""
+    """The settings that a command line gives, a dict. Ends the program with one line where it makes no sense."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in fields(Settings):
-        text, kind = field.metadata["help"], types_of(field)[0]
-        if by_phase := [f"{phase}: {row[field.name]}" for phase, row in DEFAULTS.items() if field.name in row]:
+    parser.error = lambda message: fail(f"{message} (see --help)", 2)
+    for name, flag in FLAGS.items():
+        text, kind = flag.metadata["help"], types_of(flag)[0]
+        if by_phase := [f"{phase}: {row[name]}" for phase, row in DEFAULTS.items() if name in row]:
             text += f" (default by phase: {', '.join(by_phase)})"
-        elif field.default is not None:
-            text += f" (default: {field.default})"
+        elif flag.default is not None:
+            text += f" (default: {flag.default})"
         options = dict(type=truth, nargs="?", const=True, metavar="BOOL") if kind is bool else \
             dict(type=kind, metavar=kind.__name__.upper())
-        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **options)
-    parser.error = lambda message: fail(f"{message} (see --help)", 2)
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **options)
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
-        names = [field.name for field in fields(Settings)]
-        close = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), names, 1)
+        close = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), FLAGS, 1)
         fail(f"unknown argument {unknown[0]}" + (f", did you mean --{close[0]}?" if close else " (see --help)"), 2)
     return vars(given)
 
@@ -183,28 +167,38 @@ def truth(text):
     return text.lower() in ("true", "1", "yes")
 
 
-def settle(given, saved):
-    """The settings of a run: defaults, then those of its phase, those saved in its checkpoint, and those given (dicts).
+def fail(message, code):
+    """End the program with one clear line."""
+    print(f"train.py: {message}", file=sys.stderr)
+    raise SystemExit(code)
 
-    Raises ValueError for what no run could have; ViTConfig and data.Layout check what depends on several settings.
-    """
-    if unknown := given.keys() - {field.name for field in fields(Settings)}:
+
+def one_line(error):
+    """What an exception says, in one line of bounded length."""
+    return " ".join(str(error).split())[:200]
+
+
+def settle(given, saved):
+    """The settings of a run: defaults, overridden by those of its phase, those saved in its checkpoint and those given
+    (dicts). Raises ValueError for a wrong value; ViTConfig and data.Layout check what depends on several settings."""
+    if unknown := given.keys() - FLAGS:
         raise ValueError(f"unknown setting {', '.join(sorted(unknown))}")
     if "epochs" in given and "max_steps" in given:
         raise ValueError("give --epochs or --max_steps, not both")
     phase = given.get("phase", Settings.phase)
-    moves = ("device", "out_dir", "wandb")          # a checkpoint may be on another machine by now
-    saved = {name: value for name, value in saved.items() if name not in moves}
-    settings = Settings(**{**(DEFAULTS[phase] if phase in data.PHASES else {}), **saved, **given})
-    for field in fields(Settings):
-        value, types, limits = getattr(settings, field.name), types_of(field), field.metadata
+    saved = {name: value for name, value in saved.items()
+             if name not in ("device", "out_dir", "wandb")}         # the checkpoint may be on another machine by now
+    by_phase = DEFAULTS.get(phase, {}) if type(phase) is int else {}
+    settings = Settings(**{**by_phase, **saved, **given})
+    for name, flag in FLAGS.items():
+        value, types = getattr(settings, name), types_of(flag)
+        low, high, choices = (flag.metadata[key] for key in ("low", "high", "choices"))
         if type(value) not in types and not (float in types and type(value) is int):
-            raise ValueError(f"--{field.name} must be of type {types[0].__name__}, not {value!r:.100}")
-        if limits["choices"] and value not in limits["choices"]:
-            choices = ", ".join(map(str, limits["choices"]))
-            raise ValueError(f"--{field.name} must be one of {choices}, not {value!r:.100}")
-        if None not in (value, limits["low"]) and not limits["low"] <= value <= limits["high"]:
-            raise ValueError(f"--{field.name} must be from {limits['low']:g} to {limits['high']:g}, not {value}")
+            raise ValueError(f"--{name} must be of type {types[0].__name__}, not {value!r:.100}")
+        if choices and value not in choices:
+            raise ValueError(f"--{name} must be one of {', '.join(map(str, choices))}, not {value!r:.100}")
+        if None not in (value, low) and not low <= value <= high:
+            raise ValueError(f"--{name} must be from {low:g} to {high:g}, not {value}")
     settings.out_dir = settings.out_dir or f"out/phase{phase}"
     if "epochs" in given:
         settings.max_steps = math.ceil(settings.epochs * 60_000 / settings.batch_size)
@@ -212,25 +206,24 @@ def settle(given, saved):
 
 
 def model_config(settings, layout):
+    same_names = FLAGS.keys() & {each.name for each in fields(ViTConfig)}
     return ViTConfig(image_size=layout.size, num_classes=layout.classes + (layout.empty is not None), cell=layout.cell,
-                     **{name: getattr(settings, name) for name in MODEL})
+                     **{name: getattr(settings, name) for name in same_names})
 
 
 def training_layout(settings, layout):
     """The layout of training canvases: more digits than are evaluated teach more per second, and so do harder ones."""
-    harder = {"crowded": settings.crowded or 0.0, "borders": settings.borders or 0.0}
     if layout.empty is None:
-        if settings.train_digits or any(harder.values()):
+        if settings.train_digits or settings.crowded or settings.borders:
             raise ValueError(f"phase {settings.phase} has a digit in every cell: "
                              "--train_digits, --crowded and --borders do not apply")
         return layout
     most = max(layout.max_digits, min(settings.train_digits or 0, layout.capacity))
-    return dataclasses.replace(layout, max_digits=most, **harder)
+    return replace(layout, max_digits=most, crowded=settings.crowded or 0.0, borders=settings.borders or 0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # AdamW (Loshchilov 2019, arXiv:1711.05101) on flat buffers: a handful of vector operations, whatever the model
-
 
 def flatten(model, extra=0):
     """Make all parameters of a model views of one flat tensor, and their gradients of another. Matrices come first.
@@ -242,13 +235,11 @@ def flatten(model, extra=0):
     spans = [-(-parameter.numel() // 16) * 16 for _, parameter in parameters]  # 16 floats: 64 bytes, a cache line
     weights = torch.zeros(sum(spans), dtype=parameters[0][1].dtype, device=parameters[0][1].device)
     gradients = weights.new_zeros(len(weights) + extra)
-    start = 0
-    for (_, parameter), span in zip(parameters, spans):
-        part = slice(start, start + parameter.numel())
-        weights[part] = parameter.detach().flatten()
-        parameter.data = weights[part].view_as(parameter)
-        parameter.grad = gradients[part].view_as(parameter)
-        start += span
+    views = zip(weights.split(spans), gradients.split([*spans, extra]))
+    for (_, parameter), (weight, gradient) in zip(parameters, views):
+        weight[:parameter.numel()] = parameter.detach().flatten()
+        parameter.data = weight[:parameter.numel()].view_as(parameter)
+        parameter.grad = gradient[:parameter.numel()].view_as(parameter)
     return weights, gradients, sum(span for item, span in zip(parameters, spans) if decays(*item))
 
 
@@ -281,24 +272,14 @@ def adamw(weights, gradients, mean, square, matrices, rates, eps=1e-8):
 
 def learning_rate(step, settings):
     """Of step 0, 1, ...: a linear warm-up over a share `warmup` of the run, then a linear decay to 0 at its end."""
-    rise = settings.warmup * settings.max_steps
-    return settings.lr * min((step + 1) / max(rise, 1), (settings.max_steps - step) / max(settings.max_steps - rise, 1))
-
-
-def sampling_weights(losses, hard):
-    """The probability of drawing each of N digits, given their losses (N,). A share `hard` of it is proportional to the
-    root of the loss, the rest uniform, so that no digit is forgotten (after Loshchilov 2016, arXiv:1511.06343)."""
-    root = (losses + 1e-8).sqrt()           # where all losses are 0, the draws are uniform
-    return hard * root / root.sum() + (1 - hard) / len(root)
-
-
-def seed_of(*key):
-    """A seed that depends on nothing but the key."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+    warmup_steps = settings.warmup * settings.max_steps
+    rising = (step + 1) / max(warmup_steps, 1)
+    falling = (settings.max_steps - step) / max(settings.max_steps - warmup_steps, 1)
+    return settings.lr * min(rising, falling)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Devices, and processes started by torchrun: each computes its part of every batch, and the gradients are summed
+# Devices, and the processes that torchrun starts: each computes its part of every batch, and gradients are summed
 
 TIMEOUT = timedelta(minutes=5)      # how long a process waits for the others
 
@@ -308,7 +289,7 @@ def pick_device(name):
         return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     try:
         device = torch.zeros(1, device=name).device
-        if device.index:  # streams and graphs are made on the current device
+        if device.index:  # CUDA makes streams and graphs on the current device
             torch.accelerator.set_device_index(device.index)
         return device
     except Exception as error:  # each backend has its own exceptions for a device that is not there
@@ -325,33 +306,20 @@ def pick_dtype(name, device):
     return torch.bfloat16 if fast else torch.float32
 
 
-def device_summary(device):
-    """The device, its driver and its peak memory."""
-    if device.type == "cuda":
-        driver = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
-        peak = torch.cuda.max_memory_allocated(device) / 2**20
-        return f"{torch.cuda.get_device_name(device)}, {driver}, peak {peak:,.0f} MiB"
-    if device.type == "cpu" and sys.platform == "linux":
-        import resource             # which not every system has, and elsewhere in other units
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        return f"CPU {platform.machine()}, {torch.get_num_threads()} threads, peak {peak:,.0f} MiB"
-    return f"{device}"
-
-
 def join(device):
     """Join the processes that torchrun started, if it did. Returns this one's device, its rank and their number."""
-    rank, processes, local = (int(os.environ.get(name, default)) for name, default in (
-        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes == 1:
         return device, 0, 1
     if device.type != "cpu":
-        if local >= torch.accelerator.device_count():
-            raise ValueError(f"process {local} has no device of its own: start at most "
+        if local_rank >= torch.accelerator.device_count():
+            raise ValueError(f"process {local_rank} has no device of its own: start at most "
                              f"{torch.accelerator.device_count()} on this machine (--nproc_per_node)")
-        torch.accelerator.set_device_index(local)
-        device = torch.device(device.type, local)
+        torch.accelerator.set_device_index(local_rank)
+        device = torch.device(device.type, local_rank)
     try:
-        # torchrun's store outlives a restart, with addresses of processes that are gone: each start has its own keys
+        # torchrun's store outlives a restart and would keep addresses of dead processes: each start has its own keys
         store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(dist.get_default_backend_for_device(device), timeout=TIMEOUT, store=store,
@@ -359,12 +327,12 @@ def join(device):
     except RuntimeError as error:
         raise ConnectionError(f"the processes did not find each other: {one_line(error)}") from None
     if rank:
-        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+        sys.stdout = open(os.devnull, "w")  # only the first process prints
     return device, rank, processes
 
 
 def reduce(tensor, how="SUM"):
-    """Add a tensor up over all processes, in place. ConnectionError if one of them is gone."""
+    """Combine a tensor over all processes, in place. ConnectionError if one of them is gone."""
     if dist.is_available() and dist.is_initialized():
         try:
             dist.all_reduce(tensor, getattr(dist.ReduceOp, how))
@@ -375,21 +343,32 @@ def reduce(tensor, how="SUM"):
 
 def check_agreement(device, *facts):
     """Raise ValueError unless the facts are the same in all processes."""
-    digest = int.from_bytes(hashlib.blake2b(repr(facts).encode(), digest_size=7).digest(), "big")
-    most, least = reduce(torch.tensor([digest, -digest], device=device), "MAX").tolist()
-    if most != -least:
+    digest = seed_of(*facts)
+    highest, minus_lowest = reduce(torch.tensor([digest, -digest], device=device), "MAX").tolist()
+    if highest != -minus_lowest:
         raise ValueError("the processes do not start alike: they need the same flags and data, and a shared --out_dir")
+
+
+def seed_of(*key):
+    """A non-negative integer that depends on nothing but the key."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A training step
-
 
 def predict(model, canvas, dtype):
     """uint8 canvases (B, H, W) -> logits (B, gh, gw, classes), computed in dtype, in float32 at least."""
     master = torch.promote_types(dtype, torch.float32)
     with torch.autocast(canvas.device.type, dtype, enabled=dtype == torch.bfloat16):
         return model(data.to_input(canvas).to(master)).to(master)
+
+
+def sampling_weights(losses, hard):
+    """The probability of drawing each of N digits, given their losses (N,). A share `hard` of it is proportional to the
+    root of the loss, the rest uniform, so that no digit is forgotten (after Loshchilov 2016, arXiv:1511.06343)."""
+    root = (losses + 1e-8).sqrt()           # where all losses are 0, the draws are uniform
+    return hard * root / root.sum() + (1 - hard) / len(root)
 
 
 class Trainer:
@@ -399,6 +378,7 @@ class Trainer:
     images, labels: uint8 (N, 28, 28), int64 (N,), the training digits. dtype: of the forward pass, float64 included;
     weights, gradients and moments are in float32 at least. rank, processes: this process's part of each batch.
     """
+    SAVED = ("mean", "square", "sums", "hardness")      # tensors that a checkpoint keeps, beside the weights
 
     def __init__(self, settings, config, layout, images, labels, device, dtype, rank=0, processes=1):
         self.settings, self.layout, self.device, self.dtype = settings, layout, device, dtype
@@ -408,10 +388,11 @@ class Trainer:
         self.model = ViT(config).to(device, torch.promote_types(dtype, torch.float32))
         self.averaged = copy.deepcopy(self.model).eval()
         self.forward = torch.compile(self.model) if settings.compile else self.model
-        self.cells = settings.batch_size * layout.grid**2           # in a batch
 
-        # `reduced` is what one `reduce` sums over processes: the gradients; the loss, digits, digits right and requests
-        # to stop of the batch; and of each cell, the number of its digit (exact up to 2**24 in float32) and its loss
+        # `reduced` is all that processes exchange in a step, so that one `reduce` will do. It holds the gradients, four
+        # totals of the batch (loss, digits, digits right, requests to stop), and for each cell of the batch the number
+        # of its digit (exact up to 2**24 in float32) and its loss.
+        self.cells = settings.batch_size * layout.grid**2
         self.weights, self.reduced, self.matrices = flatten(self.model, extra=4 + 2 * self.cells)
         self.gradients, self.totals, cells = self.reduced.split((len(self.weights), 4, 2 * self.cells))
         self.cell_numbers, self.cell_losses = cells.view(2, settings.batch_size, -1)
@@ -423,27 +404,27 @@ class Trainer:
         self.sums = zeros(4)                    # loss, digits, digits right and steps, since the last line of metrics
         self.flags = zeros(2)                   # steps that were not finite, requests to stop
         self.norm = zeros(())                   # of the last gradient
-        # Each training digit's loss: the mean of the last one and of what was known before. It starts as that of a
-        # uniform prediction and never exceeds it. The last element takes the losses of empty cells and is never read.
+        # A running loss of each training digit: the mean of its last value and its losses in a step. It starts as the
+        # loss of a uniform prediction, which caps it. The last element collects the losses of empty cells, unread.
         self.uniform_loss = math.log(config.num_classes)
         self.hardness = torch.full_like(zeros(len(images) + 1), self.uniform_loss)
 
         self.images = images.to(device)
         self.classes_of = data.class_table(labels, layout).to(device)
         self.generator = torch.Generator(device)
-        augmentation = {name: getattr(settings, name) for name in AUGMENTATION}
-        self.augmentation = augmentation if any(augmentation[name] for name in AUGMENTATION[:-1]) else None
+        strengths = {name: getattr(settings, name) for name in ("rotate", "scale", "shear", "shift", "elastic")}
+        self.augmentation = strengths | {"elastic_points": settings.elastic_points} if any(strengths.values()) else None
 
     def prepare(self, step, stop=False):
         """Seed the generators and set the rates for step 0, 1, ...; returns its learning rate."""
-        self.steps = step + 1
-        self.generator.manual_seed(seed_of(self.settings.seed, step, "canvases"))
-        torch.manual_seed(seed_of(self.settings.seed, step, "dropout", self.rank))
-        lr = learning_rate(step, self.settings)
-        rates = adamw_rates(step + 1, lr, self.settings.weight_decay, self.settings.beta1, self.settings.beta2)
-        averaging = 1 - min(self.settings.average, self.steps / (self.steps + 10))      # over a shorter span early on
+        settings, self.steps = self.settings, step + 1
+        self.generator.manual_seed(seed_of(settings.seed, step, "canvases"))
+        torch.manual_seed(seed_of(settings.seed, step, "dropout", self.rank))
+        lr = learning_rate(step, settings)
+        rates = adamw_rates(self.steps, lr, settings.weight_decay, settings.beta1, settings.beta2)
+        averaging = 1 - min(settings.average, self.steps / (self.steps + 10))       # over a shorter span early on
         inputs = torch.tensor([*rates, averaging, stop], dtype=self.inputs.dtype)
-        self.inputs.copy_(inputs, non_blocking=self.device.type == "cuda")      # other backends might read it too late
+        self.inputs.copy_(inputs, non_blocking=self.device.type == "cuda")      # elsewhere it could be freed first
         return lr
 
     def draw(self):
@@ -465,13 +446,13 @@ class Trainer:
         loss.backward()
         digit = labels < self.layout.classes
         right = digit & (logits.argmax(-1) == labels)
-        self.totals.copy_(torch.stack((loss.detach(), digit.sum(), right.sum(), self.inputs[6])))
+        self.totals.copy_(torch.stack((loss.detach(), digit.sum(), right.sum(), self.inputs[-1])))
         self.cell_numbers[self.part] = numbers.flatten(1)
         self.cell_losses[self.part] = losses.detach().view(len(numbers), -1)
         return logits.detach()
 
     def update(self):
-        """Clip, AdamW, average, hardness. A step that is not finite changes no weight."""
+        """Clip the gradient, apply AdamW, update averages and hardness. A step that is not finite changes no weight."""
         self.norm.copy_(self.gradients.norm())
         finite = (self.norm + self.totals[0]).isfinite()
         if self.settings.grad_clip:
@@ -483,8 +464,9 @@ class Trainer:
         self.sums[:3].add_(self.totals[:3])
         self.sums[3].add_(1)
         self.flags.add_(torch.stack((~finite, self.totals[3])))
+        # The mean includes a digit's old value
         losses = self.cell_losses.flatten().nan_to_num(self.uniform_loss).clamp(0, self.uniform_loss)
-        self.hardness.scatter_reduce_(0, self.cell_numbers.flatten().long(), losses, "mean")    # the old one takes part
+        self.hardness.scatter_reduce_(0, self.cell_numbers.flatten().long(), losses, "mean")
 
     def step(self):
         self.backward(*self.draw())
@@ -492,42 +474,35 @@ class Trainer:
         self.update()
 
     def state(self):
-        """What a checkpoint keeps of it."""
-        assert still_flat(self.model, self.weights, self.gradients), "a parameter is no view of its buffer any more"
+        """What a checkpoint keeps of the trainer."""
+        if not still_flat(self.model, self.weights, self.gradients):
+            raise RuntimeError("a parameter is no view of its buffer any more")
         return {"step": self.steps, "model": self.model.state_dict(), "average": self.averaged.state_dict(),
-                "mean": self.mean, "square": self.square, "sums": self.sums, "hardness": self.hardness}
+                **{name: getattr(self, name) for name in self.SAVED}}
 
     def load(self, path, checkpoint):
-        """Continue from a checkpoint. ValueError, which names its path, where the state in it does not fit."""
+        """Continue from a checkpoint. Raises ValueError, with its path, where its state does not fit."""
         digits, expected = len(checkpoint["hardness"]) - 1, len(self.hardness) - 1
         if digits != expected:
             raise ValueError(f"{path} was trained on {digits:,} digits, these are {expected:,}")
         try:
             self.model.load_state_dict(checkpoint["model"])
             self.averaged.load_state_dict(checkpoint["average"])
-            for name in ("mean", "square", "sums", "hardness"):
-                if checkpoint[name].shape != getattr(self, name).shape:
-                    raise ValueError(f"{name} has {checkpoint[name].numel()} values, not {getattr(self, name).numel()}")
-                getattr(self, name).copy_(checkpoint[name])
+            for name in self.SAVED:
+                saved, tensor = checkpoint[name], getattr(self, name)
+                if saved.shape != tensor.shape:
+                    raise ValueError(f"{name} has {saved.numel()} values, not {tensor.numel()}")
+                tensor.copy_(saved)
         except (RuntimeError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} cannot be resumed: {one_line(error)}") from None
         self.steps = checkpoint["step"]
 
 
-def warm_up(trainer):
-    """Do now what the clock of the training is not to count."""
-    if trainer.settings.compile:
-        trainer.backward(*trainer.draw())
-    # glibc returns freed memory to the system, and every step takes it anew, page by page: up to a tenth of a step's
-    # time on a CPU. Its threshold rises to the size of a freed block, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD).
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
-
-
 def capture(trainer):
-    """What to call in place of trainer.step. On a CUDA device, a graph of it: hundreds of kernels are launched as one,
-    and draw from the generators as seeded by then. Elsewhere, for several processes and where capturing fails, the step
-    itself. Capturing takes steps at rates of 0, which change only the tensors that are put back here.
-    """
+    """Returns what to call in place of trainer.step. On a CUDA device that is a CUDA graph, which launches the step's
+    hundreds of kernels at once; they draw from the generators as `prepare` last seeded them. Elsewhere, for several
+    processes and where capture fails, it is the step itself. Capture takes steps at rates of 0: all that they change is
+    `changed`, which is restored."""
     if trainer.device.type != "cuda":
         return trainer.step
     changed, advance = (trainer.sums, trainer.flags, trainer.hardness), trainer.step
@@ -539,7 +514,7 @@ def capture(trainer):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):  # libraries set themselves up, which cannot be captured
+            for _ in range(3):  # libraries initialise in their first calls, which cannot be captured
                 trainer.step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
@@ -580,11 +555,11 @@ def evaluate(model, canvases, labels, classes, device, dtype, rank=0, processes=
 
 CHECKPOINT = {  # its keys and their types
     "version": int, "phase": int, "data": str,          # kind of the digits, one of data.KINDS
-    "canvas": dict,                                     # what was asked of data.layout: size, max_digits, ...
+    "canvas": dict,                                     # what data.layout was called with: size, max_digits, ...
     "config": dict, "settings": dict,                   # fields of ViTConfig and of Settings
     "seconds": float, "train_seconds": float,
     "step": int, "model": dict, "average": dict,        # see Trainer.state
-    "mean": torch.Tensor, "square": torch.Tensor, "sums": torch.Tensor, "hardness": torch.Tensor,
+    **dict.fromkeys(Trainer.SAVED, torch.Tensor),
 }
 VERSION = 3
 
@@ -592,7 +567,7 @@ VERSION = 3
 def save(path, checkpoint):
     """Write a checkpoint whole, or not at all (OSError)."""
     content = io.BytesIO()
-    torch.save(checkpoint, content)  # to memory: on a full disk it would fail in ways of its own
+    torch.save(checkpoint, content)  # to memory, since torch.save does not raise OSError on a full disk
     data.write_whole(path, content.getbuffer())
 
 
@@ -604,16 +579,16 @@ def load_checkpoint(path):
     with open(path, "rb") as file:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-            version, saved = checkpoint["version"], dict(checkpoint["settings"])
-            if version == 2:  # steps were not yet one of the sums
-                checkpoint["sums"] = torch.cat((checkpoint["sums"], torch.tensor([checkpoint["since"]])))
-        except Exception as error:  # torch.load has many kinds of them for a file that it cannot make sense of
+            version, settings = checkpoint["version"], dict(checkpoint["settings"])
+            if version == 2:  # which kept the step of the last line of metrics, in place of the steps since
+                steps = checkpoint["step"] - checkpoint["since"]
+                checkpoint["sums"] = torch.cat((checkpoint["sums"], torch.tensor([steps])))
+        except Exception as error:  # torch.load raises many types for a file that it cannot read
             raise ValueError(f"{path} is not a checkpoint of train.py: {one_line(error)}") from None
-    settings = {field.name: field for field in fields(Settings)}
-    if version not in (2, VERSION) or saved.keys() - settings:
+    if version not in (2, VERSION) or settings.keys() - FLAGS:
         raise ValueError(f"{path} was written by another version of train.py")
     wrong = [key for key, kind in CHECKPOINT.items() if not isinstance(checkpoint.get(key), kind)]
-    wrong += [name for name, value in saved.items() if type(value) not in types_of(settings[name])]
+    wrong += [name for name, value in settings.items() if type(value) not in types_of(FLAGS[name])]
     if wrong or checkpoint["step"] < 0:
         raise ValueError(f"{path} is damaged: {', '.join(wrong or ['step'])} cannot be right")
     model, phase, canvas = ViT.load(path), checkpoint["phase"], checkpoint["canvas"]
@@ -637,32 +612,33 @@ def check_fits(path, checkpoint, kind, config, eval_only):
 
 
 def make_room(path, checkpoint):
-    """Drop the lines of metrics.jsonl that come after the checkpoint that a run continues from. For a new run, keep the
-    files of another one beside, all with the same number, the first that is free."""
+    """Make the folder of a checkpoint ready for its run. A resumed run drops the lines of metrics.jsonl that come after
+    its checkpoint. A new run keeps the files of an earlier one, with the first number that is free for all of them."""
     metrics = path.with_name("metrics.jsonl")
     if checkpoint:
-        lines = []
-        for line in metrics.read_text().splitlines(keepends=True) if metrics.exists() else []:
+        kept = b""
+        for line in metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []:
             try:
                 if json.loads(line)["step"] > checkpoint["step"]:
                     break
             except ValueError:  # cut off when the run was killed
                 break
-            lines.append(line)
-        return data.write_whole(metrics, "".join(lines).encode())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        return metrics.unlink(missing_ok=True)      # of a run that never saved anything
-    number = next(n for n in itertools.count(1) if not any(Path(f"{file}.{n}").exists() for file in (metrics, path)))
-    for file in (metrics, path):
-        if file.exists():
-            os.replace(file, f"{file}.{number}")
-            print(f"{file} is another run's: kept as {file}.{number}")
+            kept += line
+        data.write_whole(metrics, kept)
+    elif path.exists():
+        files = (metrics, path)
+        number = next(n for n in itertools.count(1) if not any(Path(f"{file}.{n}").exists() for file in files))
+        for file in files:
+            if file.exists():
+                os.replace(file, f"{file}.{number}")
+                print(f"{file} is another run's: kept as {file}.{number}")
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metrics.unlink(missing_ok=True)             # of a run that never saved anything
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a run tells: a line of progress, metrics.jsonl and, where asked for, Weights & Biases
-
+# What a run reports: a line of progress, metrics.jsonl and, where asked for, Weights & Biases
 
 def clock(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
@@ -684,62 +660,60 @@ def table(figures, more):
 
 def start_wandb(settings, config):
     """Begin a run of Weights & Biases; returns its module, which is imported only here."""
+    folder = Path(settings.out_dir)
     try:
         import wandb
+        folder.mkdir(parents=True, exist_ok=True)
+        wandb.init(project="vit-digits", name=folder.name, dir=folder,
+                   config={**asdict(settings), "model": asdict(config)})
     except ImportError:
         raise ValueError("--wandb needs the package wandb: pip install wandb") from None
-    Path(settings.out_dir).mkdir(parents=True, exist_ok=True)
-    try:
-        wandb.init(project="vit-digits", name=Path(settings.out_dir).name, dir=settings.out_dir,
-                   config={**asdict(settings), "model": asdict(config)})
     except wandb.errors.Error as error:
         raise ValueError(f"--wandb: {one_line(error)} (WANDB_MODE=offline needs no account)") from None
     return wandb
 
 
 class Log:
-    """Tells of a run, and keeps its clocks: `seconds` since its start, `train_seconds` without start-up and evaluation.
-    Those of a resumed run continue from its checkpoint."""
+    """Reports a run and keeps its two clocks: `seconds` since its start, and `train_seconds`, which leaves out start-up
+    and evaluation. Those of a resumed run continue from its checkpoint."""
 
     def __init__(self, path, trainer, kind, started, checkpoint, wandb):
         self.file, self.settings, self.kind, self.wandb = open(path, "a"), trainer.settings, kind, wandb
-        self.started = started - (checkpoint["seconds"] if checkpoint else 0)
-        self.shown = time.perf_counter()
-        self.training_started = self.shown - (checkpoint["train_seconds"] if checkpoint else 0)
-        self.last_line = trainer.steps, self.train_seconds()
+        self.shown = time.perf_counter()        # when the last line of progress was printed
+        self.clock_starts = {"seconds": started, "train_seconds": self.shown}
+        for name in self.clock_starts if checkpoint else ():
+            self.clock_starts[name] -= checkpoint[name]
+        self.last_line = trainer.steps, self.clocks()["train_seconds"]
 
-    def seconds(self):
-        return time.perf_counter() - self.started
-
-    def train_seconds(self):
-        return time.perf_counter() - self.training_started
+    def clocks(self):
+        return {name: time.perf_counter() - start for name, start in self.clock_starts.items()}
 
     @contextlib.contextmanager
     def pause(self):
-        """What happens meanwhile is no training."""
+        """Stop the clock of the training meanwhile."""
         began = time.perf_counter()
         yield
-        self.training_started += time.perf_counter() - began
+        self.clock_starts["train_seconds"] += time.perf_counter() - began
 
     def training(self, trainer, lr):
-        """A line of metrics over the steps since the last one."""
+        """Report the steps since the last line of metrics."""
         loss, digits, digits_right, steps = trainer.sums.tolist()
         trainer.sums.zero_()
-        step, seconds, max_steps = trainer.steps, self.train_seconds(), self.settings.max_steps
-        images_per_second = (step - self.last_line[0]) * self.settings.batch_size / (seconds - self.last_line[1])
-        self.last_line = step, seconds
-        line = {"event": "train", "step": step, "seconds": self.seconds(), "loss": loss / steps, "lr": lr,
+        step, max_steps, (seconds, train_seconds) = trainer.steps, self.settings.max_steps, self.clocks().values()
+        images_per_second = (step - self.last_line[0]) * self.settings.batch_size / (train_seconds - self.last_line[1])
+        self.last_line = step, train_seconds
+        line = {"event": "train", "step": step, "seconds": seconds, "loss": loss / steps, "lr": lr,
                 "grad_norm": trainer.norm.item(), "images_per_second": images_per_second}
         accuracy = digits_right / max(digits, 1)
         print(json.dumps(line), file=self.file, flush=True)
         self.show(f"step {step:,}/{max_steps:,}  loss {line['loss']:.4f}  {self.kind} digits {percent(accuracy)}  "
-                  f"{images_per_second:,.0f} images/s  ETA {clock(seconds / step * (max_steps - step))}")
+                  f"{images_per_second:,.0f} images/s  ETA {clock(train_seconds / step * (max_steps - step))}")
         if self.wandb:
             self.wandb.log({**{f"train/{name}": value for name, value in line.items() if name != "event"},
                             "train/digit_accuracy": accuracy}, step=step)
 
     def evaluation(self, figures, trainer, canvases):
-        """The figures of an evaluation, and to W&B what the model reads on some canvases."""
+        """Report the figures of an evaluation, and to W&B what the model reads on some canvases."""
         print(json.dumps(figures), file=self.file, flush=True)
         self.show(f"step {figures['step']:,}  {clock(figures['train_seconds'])}  {figures['data']}: "
                   f"loss {figures['loss']:.4f}  digits {percent(figures['digit_accuracy'])}  "
@@ -756,54 +730,49 @@ class Log:
 
     def show(self, text, keep=False):
         """Print a line of progress: in place on a terminal, every 10 s elsewhere, and always where `keep`."""
-        terminal = sys.stdout.isatty()
-        if not terminal and not keep and time.perf_counter() - self.shown < 10:
-            return
-        if terminal:
-            text = "\r\033[K" + text[:shutil.get_terminal_size().columns - 1 if not keep else None]
-        print(text, end="\n" if keep or not terminal else "", flush=True)
-        self.shown = time.perf_counter()
+        if sys.stdout.isatty():
+            width = None if keep else shutil.get_terminal_size().columns - 1
+            print("\r\033[K" + text[:width], end="\n" if keep else "", flush=True)
+        elif keep or time.perf_counter() - self.shown >= 10:
+            print(text, flush=True)
+            self.shown = time.perf_counter()
 
     def finish(self, checkpoint):
-        """To W&B: the run is over, this is its file."""
+        """End the run of W&B, which gets the checkpoint."""
         if self.wandb:
             artifact = self.wandb.Artifact(f"phase{self.settings.phase}", type="model")
             artifact.add_file(str(checkpoint))
             self.wandb.log_artifact(artifact)
             self.wandb.finish()
 
-    def close(self):
-        self.file.close()
-
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The device smoke test
+# The smoke test of a device: the training step itself, on digits drawn by the program, against float64 on the CPU
 
-SMOKE_STEPS, SMOKE_WARM_UP = 30, 10     # training steps, and those of them before the clock starts
+SMOKE_STEPS, SMOKE_WARM_UP = 30, 10     # training steps, and those of them that only warm up
 SMOKE_SAME = 0.98                       # of pixels and labels: rounding may tip the edge of an ink box and move a digit
 SMOKE_FALL = 0.9                        # of the mean loss after the warm-up, as a share of that during it
 UPDATE_TOLERANCE = 1e-3                 # relative L2 difference of a tensor's change, from the same gradients
 # Relative L2 difference of the logits and of all gradients together, and of one parameter's gradient
-TOLERANCE = {torch.float32: (1e-5, 3e-5), torch.bfloat16: (0.02, 0.04)}
+TOLERANCE = {torch.float32: (1e-5, 3e-5), torch.bfloat16: (0.02, 0.05)}
 
 
 def smoke(settings):
-    """Check a device by the training step itself, on digits drawn by the program, against float64 on the CPU. Prints a
-    line for each check and the speed; returns whether all passed."""
+    """Prints a line for each check and the speed. Returns whether all checks passed."""
     device, passed = pick_device(settings.device), []
-    settings = dataclasses.replace(settings, max_steps=SMOKE_STEPS, dropout=0.0, drop_path=0.0,     # comparable
-                                   rotate=10.0, scale=0.1, shear=0.1, shift=1.0, elastic=1.0)
+    settings = replace(settings, max_steps=SMOKE_STEPS, dropout=0.0, drop_path=0.0,  # so that both drop alike: nothing
+                       rotate=10.0, scale=0.1, shear=0.1, shift=1.0, elastic=1.0)
     digits = data.drawn_digits(500, settings.seed)
     layout = data.layout(settings.phase, *digits, settings.canvas_size, settings.max_digits, settings.min_distance)
     config = model_config(settings, layout)
     cells = -(-data.FRAME // layout.cell) // 2 * 2 + 1          # an odd number a side, with room for a digit
     one_each = {} if layout.empty is None else {"max_digits": 1, "crowded": 1.0}    # empty ones would have no gradient
-    odd = dataclasses.replace(layout, size=cells * layout.cell, **one_each)
+    odd = replace(layout, size=cells * layout.cell, **one_each)
 
     def pair(dtype, layout=training_layout(settings, layout), batch_size=settings.batch_size):
         """The trainer in float64 on the CPU and the one to check. Their digits differ in how hard they are."""
         for place in ((torch.device("cpu"), torch.float64), (device, dtype)):
-            trainer = Trainer(dataclasses.replace(settings, batch_size=batch_size), config, layout, *digits, *place)
+            trainer = Trainer(replace(settings, batch_size=batch_size), config, layout, *digits, *place)
             trainer.hardness.mul_(torch.linspace(0, 1, len(trainer.hardness)).to(trainer.device))
             yield trainer
 
@@ -814,7 +783,7 @@ def smoke(settings):
 
     report("", check_drawing(*pair(torch.float32)))
     for dtype in dict.fromkeys((torch.float32, pick_dtype(settings.dtype, device))):
-        name, (reference, trainer) = str(dtype).split(".")[1], pair(dtype)
+        name, (reference, trainer) = str(dtype).removeprefix("torch."), pair(dtype)
         report(f"{name} ", check_step(reference, trainer))
         report(f"{name} odd-sized ", check_step(*pair(dtype, odd, batch_size=5)))
         advance = capture(trainer)
@@ -832,8 +801,94 @@ def smoke(settings):
     return all(passed)
 
 
+def check_drawing(reference, trainer):
+    """Canvases, from the CPU's random numbers and from the device's own. Like the checks below, it yields what is
+    checked, whether it is right, and the evidence."""
+    def draw(drawer, generator, step):
+        drawer.generator = generator
+        drawer.prepare(step)
+        return [tensor.cpu() for tensor in drawer.draw()]
+
+    own = trainer.generator
+    expected, expected_numbers = draw(reference, reference.generator, 0)
+    canvas, numbers = draw(trainer, reference.generator, 0)
+    same = min(((canvas.int() - expected.int()).abs() <= 2).double().mean().item(),
+               (numbers == expected_numbers).double().mean().item())
+    yield ("canvases", same >= SMOKE_SAME,
+           f"{percent(same)} as drawn on the CPU, at least {percent(SMOKE_SAME)} is right")
+    once, again, other = (draw(trainer, own, step) for step in (0, 0, 1))
+    repeated, differ = all(map(torch.equal, once, again)), not all(map(torch.equal, once, other))
+    distinct = len(torch.rand(2**16, generator=own, device=trainer.device).cpu().unique()) / 2**16
+    yield ("random numbers", repeated and differ and distinct > 0.99,
+           f"one seed, {'one draw' if repeated else 'two draws'}; two seeds, {'two draws' if differ else 'one draw'}; "
+           f"{percent(distinct)} of 65,536 are distinct, at least 99.00% is right")
+
+
+def check_step(reference, trainer):
+    """The logits, gradients and update of one batch."""
+    tolerance, tolerance_of_one = TOLERANCE[trainer.dtype]
+    reference.prepare(0)
+    trainer.prepare(0)
+    batch = reference.draw()
+    expected = reference.backward(*batch)
+    logits = trainer.backward(*(tensor.to(trainer.device) for tensor in batch))
+    yield compare("logits", {"": logits}, {"": expected}, tolerance)
+    gradients = [{name: parameter.grad for name, parameter in each.model.named_parameters()}
+                 for each in (trainer, reference)]
+    yield compare("gradients", *gradients, tolerance)
+    yield compare("each gradient", *gradients, tolerance_of_one, each=True)
+
+    reference.reduced.copy_(trainer.reduced)
+    changes = []
+    for each in (trainer, reference):
+        before = {name: tensor.clone() for name, tensor in tensors_of(each.state()).items()}
+        each.update()
+        after = tensors_of(each.state())
+        changes.append({"norm": each.norm, **{name: after[name] - before[name] for name in after}})
+    yield compare("update", *changes, UPDATE_TOLERANCE, each=True)
+
+
+def check_training(trainer, advance):
+    """Steps as a run takes them, saved and loaded after the warm-up and at the end."""
+    losses, loaded, intact = [], [], True
+    for step in range(SMOKE_STEPS):
+        trainer.prepare(step)
+        advance()
+        if step + 1 in (SMOKE_WARM_UP, SMOKE_STEPS):
+            losses.append((trainer.sums[0] / trainer.sums[3]).item())
+            trainer.sums.zero_()
+            file = io.BytesIO()
+            torch.save(trainer.state(), file)
+            file.seek(0)
+            tensors = tensors_of(trainer.state())
+            loaded.append(tensors_of(torch.load(file, map_location="cpu", weights_only=True)))
+            intact &= all(torch.equal(tensor.cpu().view(torch.uint8), loaded[-1][name].view(torch.uint8))   # NaN too
+                          for name, tensor in tensors.items())
+    yield ("training", losses[1] <= SMOKE_FALL * losses[0], f"loss {losses[0]:.3f}, and after {SMOKE_WARM_UP} steps "
+           f"{losses[1]:.3f}, at most {SMOKE_FALL:g} of it is right")
+    finite = not trainer.flags[0] and all(tensor.isfinite().all() for tensor in tensors.values())
+    yield "finite", finite, "every number" if finite else "NaN or infinity in weights, gradients or moments"
+    good = intact and not torch.equal(*(state["head.weight"] for state in loaded))
+    yield "save and load", good, "bit-identical" if good else "what is loaded is not what was trained"
+
+
+def tensors_of(state):
+    """The tensors of a Trainer.state by name, save for the sums of a log line, which steps do not read."""
+    average = {f"average of {name}": tensor for name, tensor in state["average"].items()}
+    return {**state["model"], **average, **{name: state[name] for name in ("mean", "square", "hardness")}}
+
+
+def compare(name, found, expected, limit, each=False):
+    """A check of dicts of tensors: the relative L2 difference of all together, or the largest of `each`. NaN fails."""
+    sizes = torch.stack([tensor.cpu().double().norm() for tensor in expected.values()])
+    errors = torch.stack([(found[key].cpu().double() - expected[key].cpu().double()).norm() for key in expected])
+    worst, index = (errors / sizes.clamp(min=1e-300)).max(0)        # a gradient may be 0
+    off, where = (worst, f" ({list(expected)[index]})") if each else (errors.norm() / sizes.norm().clamp(min=1e-300), "")
+    return name, off <= limit, f"{off:.1e} off{where}, at most {limit:g} is right"
+
+
 def seconds_of(call, times, device):
-    """The mean over so many calls, after as many to warm up."""
+    """Mean time of a call, over so many calls, after as many that warm up."""
     for _ in range(2):
         began = time.perf_counter()
         for _ in range(times):
@@ -843,105 +898,21 @@ def seconds_of(call, times, device):
     return (time.perf_counter() - began) / times
 
 
-def differences(found, expected):
-    """Relative L2 differences between two dicts of tensors: of all together, and the largest of one with its name. NaN
-    where any value is."""
-    off, size = [torch.stack([tensor.norm() for tensor in tensors]) for tensors in (
-        [found[name].cpu().double() - expected[name].cpu().double() for name in expected],
-        [tensor.cpu().double() for tensor in expected.values()])]
-    worst, index = (off / size.clamp(min=1e-300)).max(0)    # of a gradient of 0 too
-    return (off.norm() / size.norm().clamp(min=1e-300)).item(), worst.item(), list(expected)[index]
-
-
-def check_drawing(reference, trainer):
-    """Canvases, from the CPU's random numbers and from the device's own. Like those below, a generator of checks: name,
-    whether it is good, what was found."""
-    own, draws = trainer.generator, []
-    for drawer, generator, step in ((reference, reference.generator, 0), (trainer, reference.generator, 0),
-                                    (trainer, own, 0), (trainer, own, 0), (trainer, own, 1)):
-        drawer.generator = generator
-        drawer.prepare(step)
-        draws.append([tensor.cpu() for tensor in drawer.draw()])
-    (expected, expected_numbers), (canvas, numbers), *own_draws = draws
-    same = min(((canvas.int() - expected.int()).abs() <= 2).double().mean().item(),
-               (numbers == expected_numbers).double().mean().item())
-    yield ("canvases", same >= SMOKE_SAME,
-           f"{percent(same)} as drawn on the CPU, at least {percent(SMOKE_SAME)} is right")
-    once, again, other = (torch.cat([tensor.flatten() for tensor in draw]) for draw in own_draws)
-    repeated, differ = torch.equal(once, again), not torch.equal(once, other)
-    distinct = len(torch.rand(2**16, generator=own, device=trainer.device).cpu().unique()) / 2**16
-    yield ("random numbers", repeated and differ and distinct > 0.99,
-           f"one seed, {'one draw' if repeated else 'two draws'}; two seeds, {'two draws' if differ else 'one draw'}; "
-           f"{percent(distinct)} of 65,536 are distinct, at least 99.00% is right")
-
-
-def check_step(reference, trainer):
-    """The logits, gradients and update of one batch."""
-    def limited(name, off, limit, tensor=""):
-        return name, off <= limit, f"{off:.1e} off{tensor and f' ({tensor})'}, at most {limit:g} is right"
-
-    tolerance, tolerance_of_one = TOLERANCE[trainer.dtype]
-    reference.prepare(0)
-    trainer.prepare(0)
-    canvas, numbers = reference.draw()
-    expected = reference.backward(canvas, numbers)
-    logits = trainer.backward(canvas.to(trainer.device), numbers.to(trainer.device))
-    yield limited("logits", differences({"": logits}, {"": expected})[0], tolerance)
-    off, worst, name = differences(*({name: parameter.grad for name, parameter in each.model.named_parameters()}
-                                     for each in (trainer, reference)))
-    yield limited("gradients", off, tolerance)
-    yield limited("each gradient", worst, tolerance_of_one, name)
-
-    reference.reduced.copy_(trainer.reduced)
-    changes = []
-    for each in (trainer, reference):
-        before = {name: parameter.detach().clone() for name, parameter in each.model.named_parameters()}
-        each.update()
-        changes.append({key: getattr(each, key) for key in ("norm", "mean", "square", "hardness")}
-                       | {name: parameter - before[name] for name, parameter in each.model.named_parameters()}
-                       | {f"average of {name}": parameter - before[name]
-                          for name, parameter in each.averaged.named_parameters()})
-    _, worst, name = differences(*changes)
-    yield limited("update", worst, UPDATE_TOLERANCE, name)
-
-
-def check_training(trainer, advance):
-    """Steps as a run takes them, saved and loaded after the warm-up and at the end."""
-    losses, saved = [], []
-    for step in range(SMOKE_STEPS):
-        trainer.prepare(step)
-        advance()
-        if step + 1 in (SMOKE_WARM_UP, SMOKE_STEPS):
-            losses.append((trainer.sums[0] / trainer.sums[3]).item())
-            trainer.sums.zero_()
-            saved.append(round_trip(trainer))
-    yield ("training", losses[1] <= SMOKE_FALL * losses[0], f"loss {losses[0]:.3f}, and after {SMOKE_WARM_UP} steps "
-           f"{losses[1]:.3f}, at most {SMOKE_FALL:g} of it is right")
-    finite = not trainer.flags[0] and all(tensor.isfinite().all() for tensor in (
-        trainer.weights, trainer.average, trainer.mean, trainer.square, trainer.hardness))
-    yield "finite", finite, "every number" if finite else "NaN or infinity in weights, gradients or moments"
-    good = all(same for same, _ in saved) and not torch.equal(*(weight for _, weight in saved))
-    yield "save and load", good, "bit-identical" if good else "what is loaded is not what was trained"
-
-
-def round_trip(trainer):
-    """Save a trainer's state and load it: whether every bit is that of the trainer, and the head's loaded weight."""
-    if not still_flat(trainer.model, trainer.weights, trainer.gradients):
-        return False, trainer.weights.cpu()
-    file = io.BytesIO()
-    torch.save(trainer.state(), file)
-    file.seek(0)
-    loaded = torch.load(file, map_location="cpu", weights_only=True)
-    pairs = [(loaded[key], getattr(trainer, key)) for key in ("mean", "square", "hardness")]
-    for key, model in (("model", trainer.model), ("average", trainer.averaged)):
-        pairs += [(loaded[key][name], parameter) for name, parameter in model.named_parameters()]
-    same = all(torch.equal(*(tensor.detach().cpu().view(torch.uint8) for tensor in pair)) for pair in pairs)  # NaN too
-    return same, loaded["model"]["head.weight"]
+def device_summary(device):
+    """The device, its driver and its peak memory."""
+    if device.type == "cuda":
+        driver = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        peak = torch.cuda.max_memory_allocated(device) / 2**20
+        return f"{torch.cuda.get_device_name(device)}, {driver}, peak {peak:,.0f} MiB"
+    if device.type == "cpu" and sys.platform == "linux":
+        import resource             # not every system has it, and others count in other units
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        return f"CPU {os.uname().machine}, {torch.get_num_threads()} threads, peak {peak:,.0f} MiB"
+    return str(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A run
-
 
 class Stopped(Exception):
     """A run that was asked to stop has saved and stopped: a message and the exit code of the signal."""
@@ -970,31 +941,28 @@ def stop_signals():
 
 
 def load_data(settings):
-    """Training images, labels, test canvases with labels, what is asked of data.layout, the kind of the digits."""
+    """Training images and labels, test canvases with labels, options of data.layout, and the kind of the digits."""
     images, labels, kind = data.load_digits(settings.data, settings.data_dir, "train")
     if settings.val_digits >= len(images):
         raise ValueError(f"--val_digits={settings.val_digits} leaves none of {len(images)} digits for training")
     if settings.val_digits:  # the last ones, which then train nothing
-        test_images, test_labels = images[-settings.val_digits:], labels[-settings.val_digits:]
-        images, labels = images[:-settings.val_digits], labels[:-settings.val_digits]
+        sizes = len(images) - settings.val_digits, settings.val_digits
+        (images, test_images), (labels, test_labels) = images.split(sizes), labels.split(sizes)
     else:
         test_images, test_labels, _ = data.load_digits(kind, settings.data_dir, "test")
-    asked = {"size": settings.canvas_size, "max_digits": settings.max_digits, "min_distance": settings.min_distance,
-             "classes": int(labels.max()) + 1}
-    if test_labels.max() >= asked["classes"]:
+    layout_options = {"size": settings.canvas_size, "max_digits": settings.max_digits,
+                      "min_distance": settings.min_distance, "classes": int(labels.max()) + 1}
+    if test_labels.max() > labels.max():
         raise ValueError(f"test labels go up to {test_labels.max()}, training labels only to {labels.max()}")
-    test_layout = data.layout(settings.phase, test_images, test_labels, **asked)
+    test_layout = data.layout(settings.phase, test_images, test_labels, **layout_options)
     test_set = data.test_canvases(test_layout, test_images, test_labels, settings.test_canvases)
-    return images, labels, test_set, asked, kind
+    return images, labels, test_set, layout_options, kind
 
 
 def run(signals=False, **given):
-    """Train as the settings given say. Returns a Result.
-
-    signals: whether SIGINT and SIGTERM make it save and raise Stopped, which only a main thread can ask for. Raises
-    ValueError for what makes no sense, OSError for what a file or the network denies, FloatingPointError where training
-    diverges.
-    """
+    """Train with the settings given. Returns a Result. Raises ValueError for settings or files that make no sense,
+    OSError for what a file or the network denies, FloatingPointError where training diverges. signals: whether SIGINT
+    and SIGTERM make it save and raise Stopped, which only works in the main thread."""
     # Settings, and the checkpoint to continue from
     started, settings, checkpoint = time.perf_counter(), settle(given, {}), None
     path = Path(settings.out_dir) / "ckpt.pt"
@@ -1009,10 +977,10 @@ def run(signals=False, **given):
     dtype = pick_dtype(settings.dtype, device)
 
     # Digits, canvases, model
-    images, labels, test_set, asked, kind = load_data(settings)
+    images, labels, test_set, layout_options, kind = load_data(settings)
     check_agreement(device, {**asdict(settings), "data_dir": None}, str(dtype), kind, checkpoint and checkpoint["step"],
                     torch.__version__)
-    layout = data.layout(settings.phase, images, labels, **asked)
+    layout = data.layout(settings.phase, images, labels, **layout_options)
     harder_layout, config = training_layout(settings, layout), model_config(settings, layout)
     if checkpoint:
         check_fits(path, checkpoint, kind, config, settings.eval_only)
@@ -1034,16 +1002,22 @@ def run(signals=False, **given):
     if rank == 0:
         make_room(path, checkpoint)
     print(f"phase {settings.phase}: {layout.size} x {layout.size} px, {len(images):,} {kind} digits for training\n"
-          f"model: {config.num_parameters():,} parameters on {device}, {str(dtype).split('.')[1]}, "
+          f"model: {config.num_parameters():,} parameters on {device}, {str(dtype).removeprefix('torch.')}, "
           f"{'compiled' if settings.compile else 'not compiled'}\n"
           f"run: step {trainer.steps:,} to {settings.max_steps:,}, {settings.batch_size} canvases each, "
           f"seed {settings.seed}, in {path.parent}" + (f", {processes} processes" if processes > 1 else ""), flush=True)
-    facts = {"version": VERSION, "phase": settings.phase, "data": kind, "canvas": asked, "config": asdict(config),
-             "settings": asdict(settings)}
-    warm_up(trainer)
+    facts = {"version": VERSION, "phase": settings.phase, "data": kind, "canvas": layout_options,
+             "config": asdict(config), "settings": asdict(settings)}
+
+    if settings.compile:
+        trainer.backward(*trainer.draw())           # compiles now, before the clock of the training starts
+    # By default glibc returns the memory that a step frees, and the next step takes it anew, page by page: up to a
+    # tenth of a step's time on a CPU. Freeing a block raises its threshold to the block's size, up to 32 MiB
+    # (mallopt(3), M_MMAP_THRESHOLD).
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)
     advance = capture(trainer)
     log = Log(path.with_name("metrics.jsonl") if rank == 0 else os.devnull, trainer, kind, started, checkpoint, wandb)
-    with contextlib.closing(log), stop_signals() if signals else contextlib.nullcontext([]) as received:
+    with log.file, stop_signals() if signals else contextlib.nullcontext([]) as received:
         figures = fit(trainer, advance, evaluation, test_set[0], log, path, facts, received)
         log.finish(path)
     seconds = figures["train_seconds"]
@@ -1063,7 +1037,7 @@ def fit(trainer, advance, evaluation, canvases, log, path, facts, received):
         evaluate_now = final or settings.eval_every and step % settings.eval_every == 0
         log_now = evaluate_now or step % settings.log_every == 0
         if not (log_now or trainer.device.type == "cpu" or step % 10 == 0):
-            continue                        # to read a number makes an accelerator wait
+            continue                        # to read a number of an accelerator is a host synchronisation
         not_finite, stopping = trainer.flags.tolist()
         if not_finite:
             raise FloatingPointError(f"the loss or its gradient is not finite by step {step}, at learning rate {lr:.2g}"
@@ -1072,14 +1046,13 @@ def fit(trainer, advance, evaluation, canvases, log, path, facts, received):
             log.training(trainer, lr)
         if evaluate_now:
             with log.pause():
-                figures = evaluation(trainer.averaged, step=step, seconds=log.seconds(),
-                                     train_seconds=log.train_seconds(), final=final)
+                figures = evaluation(trainer.averaged, step=step, **log.clocks(), final=final)
                 log.evaluation(figures, trainer, canvases[:8])
         if trainer.rank == 0 and (final or stopping or time.perf_counter() - saved > settings.save_every):
-            save(path, {**facts, **trainer.state(), "seconds": log.seconds(), "train_seconds": log.train_seconds()})
+            save(path, {**facts, **trainer.state(), **log.clocks()})
             saved = time.perf_counter()
         if stopping and not final:
-            reduce(trainer.flags)           # that is, wait until the first process has saved
+            reduce(trainer.flags)           # the others wait here until the first process has saved
             code = 128 + (received or [signal.SIGTERM])[0]
             if trainer.rank:
                 raise SystemExit(code)
@@ -1096,14 +1069,14 @@ def main(arguments=None):
         run(signals=True, **given)
     except ValueError as error:         # what was asked for makes no sense
         fail(error, 2)
-    except OSError as error:            # it makes sense, but a file or the network does not play along
+    except OSError as error:            # it makes sense, but a file or the network is in the way
         fail(error, 1)
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         if not given.get("smoke"):
             raise
         fail(f"FAIL, this device cannot run it: {str(error).splitlines()[0]}", 1)
     except FloatingPointError as error:
-        print()                         # the progress line ends here
+        print()                         # ends the line of progress, here and below
         fail(error, 1)
     except Stopped as stopped:
         print()
