@@ -16,6 +16,7 @@ import hashlib
 import http.client
 import math
 import os
+import re
 import struct
 import sys
 import tempfile
@@ -44,6 +45,7 @@ def load_idx(path, max_bytes=2**30):
     Memory grows with the data actually read, up to `max_bytes` of values: a forged header or a gzip bomb costs nothing.
     Raises ValueError, with the file's name and the reason, for anything that is not exactly one IDX array.
     """
+    check_regular(path)
     try:
         with open(path, "rb") as file:
             is_gzip = file.read(2) == b"\x1f\x8b"
@@ -93,17 +95,25 @@ SPLITS = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
 KINDS = ("mnist", "custom", "drawn")    # of digits: MNIST's, another data set's under MNIST's file names, the program's
 
 
+FILE = re.compile(r"(.*?)(train|t10k|test)-(images|labels)[-.]idx\d-(?:ubyte|int)(?:\.gz)?")   # prefix, split, content
+
+
 def load_mnist(data_dir, split):
     """Split "train" or "test" from the IDX files in a folder: uint8 (N, 28, 28) images, int64 (N,) labels.
 
-    Each file may be raw or .gz, and may be spelt with .idx in place of -idx. Missing files are downloaded.
-    Raises ValueError for files that are not such a data set, ConnectionError if no mirror provides a missing file.
+    `find_set` says where they may be. Missing files of MNIST are downloaded. Of labels in several columns (QMNIST) the
+    first counts. Raises ValueError for files that are not such a data set, ConnectionError if no mirror provides a
+    missing file.
     """
-    image_path, label_path = (find_file(Path(data_dir), name) or fetch(Path(data_dir), name) for name in SPLITS[split])
+    files = find_set(Path(data_dir))
+    image_path, label_path = (files.get((split, content)) or fetch(Path(data_dir), files, name)
+                              for content, name in zip(("images", "labels"), SPLITS[split]))
     images, labels = load_idx(image_path), load_idx(label_path)
     if images.dtype != np.uint8 or images.shape[1:] != (FRAME, FRAME) or len(images) == 0:
         raise ValueError(f"{image_path}: expected uint8 images (N, {FRAME}, {FRAME}), "
                          f"got {images.dtype} {images.shape}")
+    if labels.ndim == 2 and labels.shape[1] > 0:
+        labels = labels[:, 0]
     if labels.shape != images.shape[:1]:
         raise ValueError(f"{label_path}: expected one label for each of {len(images)} images, got shape {labels.shape}")
     if labels.dtype.kind == "f" or labels.min() < 0 or labels.max() > 255:
@@ -112,25 +122,57 @@ def load_mnist(data_dir, split):
     return torch.from_numpy(images), torch.from_numpy(labels).long()
 
 
-def find_file(data_dir, name):
-    """The path of a data file under any of its spellings, or None."""
-    spellings = [name, name + ".gz", name.replace("-idx", ".idx"), name.replace("-idx", ".idx") + ".gz"]
-    return next((data_dir / spelling for spelling in spellings if (data_dir / spelling).exists()), None)
+def find_set(data_dir):
+    """The files of the data set that a folder holds: {(split, "images" or "labels"): path}, empty where there is none.
+
+    Names are MNIST's four, raw or .gz, with -idx or .idx, with test for t10k, and with any prefix, as EMNIST and QMNIST
+    have them. A file may lie in a folder of its own name (Kaggle's archive), and the set in a folder below or in "raw"
+    in that (torchvision). Where there are several sets, ValueError lists them; folder/prefix chooses one.
+    """
+    sets = sets_in(data_dir)
+    if not sets and data_dir.is_dir():
+        for folder in sorted(path for path in data_dir.iterdir() if path.is_dir()):
+            sets |= sets_in(folder) or sets_in(folder / "raw")
+    if not sets and not data_dir.exists():
+        sets = {name: files for name, files in sets_in(data_dir.parent).items() if name == data_dir}
+    if len(sets) > 1:
+        names = " or ".join(f"--data_dir={name}" for name in sets)
+        raise ValueError(f"{data_dir} holds several data sets: choose one by {names}")
+    return next(iter(sets.values()), {})
 
 
-def find_files(data_dir):
-    return [path for names in SPLITS.values() for name in names if (path := find_file(data_dir, name))]
+def sets_in(folder):
+    """The data sets whose files lie in a folder itself: {folder / prefix: {(split, content): path}}."""
+    sets = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if match := FILE.fullmatch(path.name):
+            path = path / path.name if (path / path.name).is_file() else path
+            check_regular(path)
+            prefix, split, content = match.groups()
+            files = sets.setdefault(folder / prefix.rstrip("-_. "), {})
+            files.setdefault(("train" if split == "train" else "test", content), path)      # a raw one before its .gz
+    return sets
 
 
-def fetch(data_dir, name):
-    """Download a missing file of MNIST, unless the folder holds another data set. Returns its path."""
+def fetch(data_dir, files, name):
+    """Download a missing file of MNIST, unless the folder holds files of another data set. Returns its path."""
     if data_dir.exists() and not data_dir.is_dir():
         raise ValueError(f"{data_dir} is a file, not the folder of the digits' files")
-    for other in find_files(data_dir):
+    for other in files.values():
         if hashlib.md5(other.read_bytes()).hexdigest() != MD5.get(other.name):
             raise ValueError(f"{data_dir} has {other.name} but no {name}: if it is another data set, add the missing "
                              "file; to download MNIST, name an empty folder")
     return download(data_dir, name + ".gz")
+
+
+def what_is_in(folder):
+    """A folder's contents in a few words, and where there are digits nearby."""
+    names = sorted(path.name for path in folder.iterdir() if not path.name.endswith(".part")) if folder.is_dir() else []
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    words = f"it holds {', '.join(name[:60] for name in names[:5])}{more}" if names else "it is empty or not there"
+    for name in sets_in(folder.parent):
+        words += f"; there are digits in {name}: name it as --data_dir"
+    return words
 
 
 def download(data_dir, name, timeout=10):
@@ -158,7 +200,8 @@ def download(data_dir, name, timeout=10):
         finally:
             if temporary:
                 Path(temporary).unlink(missing_ok=True)
-    raise ConnectionError(f"no {name.removesuffix('.gz')} in {data_dir} and no mirror gave it ({'; '.join(failures)})")
+    raise ConnectionError(f"no {name.removesuffix('.gz')} in {data_dir} ({what_is_in(data_dir)}) "
+                          f"and no mirror gave it ({'; '.join(failures)})")
 
 
 def copy_with_progress(response, file, url):
@@ -181,8 +224,8 @@ def load_digits(data, data_dir, split):
     data: one of KINDS, or "auto" for the data set in the folder, else MNIST from a mirror, else, with a warning, digits
     drawn by the program. Raises ValueError for the wrong kind of digits, ConnectionError if MNIST is out of reach.
     """
-    if data == "custom" and not find_files(Path(data_dir)):
-        raise ValueError(f"no data set in {data_dir}: name its folder as --data_dir")  # do not download MNIST instead
+    if data == "custom" and not find_set(Path(data_dir)):      # do not download MNIST instead
+        raise ValueError(f"no data set in {data_dir}: name its folder as --data_dir ({what_is_in(Path(data_dir))})")
     if data != "drawn":
         try:
             images, labels = load_mnist(data_dir, split)
@@ -610,6 +653,10 @@ def test_canvases(layout, images, labels, n=None):
     """
     if layout.max_digits is None and layout.size == layout.cell == FRAME:
         return images[:n], labels[:n].view(-1, 1, 1)
+    # Twice the canvases, three times the digits' frames, and labels: what `canvases` takes at its height
+    each = 2 * layout.size**2 + 3 * (layout.max_digits or layout.grid**2) * FRAME**2 + 24 * layout.grid**2
+    check_memory(each * (n or TEST_CANVASES), f"a test set of {n or TEST_CANVASES:,} canvases of {layout.size} x "
+                 f"{layout.size} px (--test_canvases)")
     canvas, numbers = canvases(layout, images, n or TEST_CANVASES, torch.Generator().manual_seed(2024))
     return canvas, class_table(labels, layout)[numbers]
 
@@ -618,10 +665,12 @@ def test_canvases(layout, images, labels, n=None):
 # Into the model and out of it
 
 def to_input(canvases):
-    """uint8 canvases (n, H, W) -> float32 model input (n, 1, H, W): the mean of intensity and ink mask, divided by its
-    standard deviation in MNIST, 0.34. The mask shows the faintest ink, where a digit's box ends. Paper stays 0, so a
-    model's zero padding looks like paper."""
-    ink = canvases[:, None].float()
+    """uint8 canvases (n, H, W), a tensor or a NumPy array -> float32 model input (n, 1, H, W).
+
+    A value is the mean of intensity and ink mask, divided by its standard deviation in MNIST, 0.34. The mask shows the
+    faintest ink, where a digit's box ends. Paper stays 0, so a model's zero padding looks like paper.
+    """
+    ink = torch.as_tensor(canvases)[:, None].float()
     return (ink / 255 + ink.sign()) / (2 * 0.34)
 
 
@@ -630,9 +679,19 @@ def at_once(canvases):
     return max(1, 2**20 // canvases[0].numel())
 
 
-def read(logits, empty=10):
+def read(logits, empty="auto"):
     """Logits (n, gh, gw, classes) -> for each canvas a list of (digit, row, column, confidence) in reading order, one
-    for each cell whose most probable class is not `empty` (None: every cell holds a digit)."""
+    for each cell whose most probable class is not `empty`.
+
+    empty: the class of empty cells, layout.empty; None: every cell holds a digit. By default None for 10 classes and 10
+    for 11; for other numbers it has to be said (ValueError).
+    """
+    classes = logits.shape[-1]
+    if empty == "auto":
+        if classes not in (10, 11):
+            raise ValueError(f"which of {classes} classes is that of empty cells? Say empty={classes - 1}, "
+                             "or empty=None if every cell holds a digit")
+        empty = 10 if classes == 11 else None
     confidence, best = logits.float().softmax(-1).max(-1)                       # (n, gh, gw)
     found = torch.ones_like(best, dtype=torch.bool) if empty is None else best != empty
     readings = [[] for _ in range(len(logits))]
@@ -660,7 +719,7 @@ def score(best, truth, classes):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files that a run leaves
+# Files and memory
 
 def write_whole(path, content):
     """Write bytes to a file atomically, by renaming a temporary one: a power failure or a full disk leaves the previous
@@ -675,3 +734,21 @@ def write_whole(path, content):
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be saved: {error.strerror}; an earlier one is kept, if there was one") from None
+
+
+def check_regular(path):
+    """Raise ValueError for what exists and is no regular file: a FIFO would be waited for, a device never ends."""
+    path = Path(path)
+    if not path.is_file() and (path.exists() or path.is_symlink()):
+        what = "a folder" if path.is_dir() else "a device or a pipe" if path.exists() else "a link that leads nowhere"
+        raise ValueError(f"{path} is not a regular file but {what}")
+
+
+def check_memory(needed, what, free=None):
+    """Raise ValueError for what needs more bytes than are free, by default of the system's memory if it tells."""
+    try:
+        free = free or 1024 * int(re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[1])
+    except (OSError, TypeError):  # not Linux
+        return
+    if needed > free:
+        raise ValueError(f"{what} would take {needed / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free")

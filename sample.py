@@ -18,6 +18,10 @@ import sys
 import zlib
 from pathlib import Path
 
+if __name__ == "__main__":      # Ctrl-C while torch is imported
+    sys.excepthook = lambda kind, *rest: print("sample.py: stopped", file=sys.stderr) \
+        if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -33,16 +37,22 @@ TILE = 256                  # px, approximate side of a canvas in a PNG file
 GREEN, RED, WHITE = (90, 220, 110), (255, 95, 85), (255, 255, 255)
 
 
+def fail(message, code):
+    """End the program with one clear line."""
+    print(f"sample.py: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
 def parse(arguments):
     parser = argparse.ArgumentParser(prog="sample.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("--phase", type=int, default=3, help="show the run in out/phase<phase> (default: 3)")
+    flag("--phase", type=int, help="show the run in out/phase<phase> (default: 3)")
     flag("--out_dir", nargs="+", help="folder of ckpt.pt (default: out/phase<phase>); with --curves, one or more")
     flag("--data_dir", help="folder of the digits' files (default: that of the run)")
     flag("--canvas_size", type=int, help="side of the test canvases, px (default: that of the run)")
-    flag("--max_digits", type=int, help="phase 3: most digits on a test canvas (default: that of the run)")
-    flag("--min_distance", type=int, help="phase 3: minimum distance of digits' centres, px (default: that of the run)")
+    flag("--max_digits", type=int, help="maximum number of digits on a test canvas (default: that of the run)")
+    flag("--min_distance", type=int, help="minimum distance of digits' centres, px (default: that of the run)")
     flag("--test_canvases", type=int, help="test canvases to read (default: 10,000; in phase 1, each test digit once)")
     flag("--start", type=int, default=0, help="first test canvas to show (default: 0)")
     flag("--count", type=int, help="test canvases to show (default: 4 in the terminal, 16 in sample.png)")
@@ -50,7 +60,9 @@ def parse(arguments):
     flag("--attention", action="store_true", help="show what each digit's cell attended to, in attention.png")
     flag("--curves", action="store_true", help="plot metrics.jsonl into curves.png (needs matplotlib)")
     flag("--image", nargs="+", metavar="FILE", help="read these pictures: .npy, .pgm, or any format of Pillow")
-    flag("--digit_height", type=float, help="phase 3: height of the digits in --image, px (default: 20, as in MNIST)")
+    flag("--digit_height", type=float, help="height of digits anywhere in an --image, px (default: 20)")
+    flag("--device", default="cpu", help="cuda, mps, xpu, cpu, or auto: the accelerator if there is one (default: cpu)")
+    parser.error = lambda message: fail(f"{message} (see --help)", 2)
     return parser.parse_args(arguments)
 
 
@@ -61,7 +73,9 @@ def logits_of(model, canvases):
     if patches > MOST_PATCHES:
         raise ValueError(f"a canvas of {canvases.shape[2]} x {canvases.shape[1]} px has {patches:,} patches, "
                          f"at most {MOST_PATCHES:,} will do")
-    return torch.cat([model(data.to_input(batch)) for batch in canvases.split(data.at_once(canvases))])
+    device = model.head.weight.device
+    batches = canvases.split(data.at_once(canvases))
+    return torch.cat([model(data.to_input(batch.to(device))).cpu() for batch in batches])
 
 
 def compare(reading, truth, empty):
@@ -136,12 +150,12 @@ def figures(truth, best, classes, note=""):
     def share(part, whole):
         return f"{100 * part / whole:.2f}%" if whole else "-"
 
-    lines = ["", f"Cells{note}" + ": what is there (rows) and what is read (columns)" * (size <= 11)]
-    columns = range(size) if size <= 11 else []                             # more do not fit into 80 columns
-    width = [6 if j >= classes else 5 for j in columns]
-    lines.append(" " * 5 + "".join(f"{names[j]:>{width[j]}}" for j in columns) + "   recall precision")
-    for i in range(size):
-        cells = "".join(f"{count(confusion[i, j].item()):>{width[j]}}" for j in columns)
+    occur = [i for i in range(size) if true[i] or read[i]]
+    columns = {i: 6 if i >= classes else 5 for i in occur} if len(occur) <= 11 else {}      # widths; 80 in all
+    lines = ["", f"Cells{note}" + ": what is there (rows) and what is read (columns)" * bool(columns)]
+    lines.append(" " * 5 + "".join(f"{names[i]:>{width}}" for i, width in columns.items()) + "   recall precision")
+    for i in occur:
+        cells = "".join(f"{count(confusion[i, j].item()):>{width}}" for j, width in columns.items())
         lines.append(f"{names[i]:>5}{cells}{share(right[i], true[i]):>9}{share(right[i], read[i]):>10}")
 
     score = data.score(best, truth, classes)
@@ -253,7 +267,8 @@ def attention_rollout(model, canvas):
     if canvas.numel() > MOST_ROLLOUT * patch**2:
         raise ValueError(f"--attention is for canvases of up to {MOST_ROLLOUT:,} patches, this is one of "
                          f"{tuple(canvas.shape)} px")
-    maps = model.attention_maps(data.to_input(canvas[None]))[:, 0].mean(1)  # (depth, N, N), the mean over heads
+    inputs = data.to_input(canvas[None]).to(model.head.weight.device)
+    maps = model.attention_maps(inputs)[:, 0].mean(1).cpu()                 # (depth, N, N), the mean over heads
     rollout = identity = torch.eye(maps.shape[-1])
     for attention in maps:
         rollout = (attention + identity) / 2 @ rollout
@@ -276,9 +291,12 @@ def attention_tiles(model, canvas, findings):
 def load_picture(path):
     """A picture file -> float (H, W), 0 black to 1 white. Raises ValueError if it cannot be read or is too large."""
     read = {".npy": read_npy, ".pgm": read_pgm}.get(path.suffix.lower(), read_with_pillow)
+    data.check_regular(path)
     try:
         array = read(path)
-        return to_grey(torch.from_numpy(np.array(array, dtype=np.float32)), array.dtype)
+        with np.errstate(over="ignore"):        # what is too large becomes infinite, which to_grey refuses
+            pixels = torch.from_numpy(np.array(array, dtype=np.float32))
+        return to_grey(pixels, array.dtype)
     except MemoryError:
         raise ValueError(f"{path} cannot be read: it takes more memory than there is") from None
     except OSError as error:
@@ -377,18 +395,40 @@ def ink_of(picture):
     return ((difference / full - threshold) / (1 - threshold)).clamp(0, 1)
 
 
+def pieces(mask):
+    """The connected pieces of a mask, bool (H, W), with neighbours across corners: int64 (H, W), 0 outside of the mask,
+    elsewhere a number for each piece.
+
+    Runs of pixels in a row are joined to those that they touch in the row above, by union-find over all of them at
+    once: a round halves the way to the root, so that even a spiral takes few rounds.
+    """
+    height, width = mask.shape
+    padded = np.pad(mask.numpy().astype(np.int8), ((0, 0), (1, 1)))
+    row, begin = np.nonzero(np.diff(padded, axis=1) == 1)                   # of each run, in reading order
+    _, end = np.nonzero(np.diff(padded, axis=1) == -1)                      # one past its last pixel
+    line = width + 2                                                        # longer than a row, so that rows stay apart
+    lowest = np.searchsorted(row * line + end, (row - 1) * line + begin)    # the runs above that a run touches
+    highest = np.searchsorted(row * line + begin, (row - 1) * line + end, side="right")
+    count = (highest - lowest).clip(min=0)
+    below = np.repeat(np.arange(len(row)), count)
+    above = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count) + np.repeat(lowest, count)
+    root = np.arange(len(row))
+    while (root[above] != root[below]).any():
+        low, high = np.minimum(root[above], root[below]), np.maximum(root[above], root[below])
+        np.minimum.at(root, high, low)
+        while (root[root] != root).any():
+            root = root[root]
+    label = np.zeros(height * width, dtype=np.int64)
+    label[mask.flatten().numpy()] = np.repeat(root + 1, end - begin)
+    return torch.from_numpy(label).view(height, width)
+
+
 def without_specks(ink):
     """Ink, float (H, W), without connected pieces that have less than a tenth of the ink of the largest."""
-    mask = ink > 0.05
-    label = torch.arange(1.0, ink.numel() + 1).view_as(ink) * mask
-    while True:                                                             # the largest number spreads over its piece
-        spread = F.max_pool2d(label[None, None], 3, stride=1, padding=1)[0, 0] * mask
-        if torch.equal(spread, label):
-            break
-        label = spread
-    mass = torch.bincount(label.long().flatten(), ink.flatten())
+    label = pieces(ink > 0.05)
+    mass = torch.bincount(label.flatten(), ink.flatten())
     mass[0] = 0
-    return ink * (mass >= mass.max() / 10)[label.long()] * mask
+    return ink * (mass >= mass.max() / 10)[label] * (label > 0)
 
 
 def with_margins(picture):
@@ -473,9 +513,10 @@ def curves(folders):
     panels = figure.subplots(len(PANELS), 2, sharex="col", sharey="row")
     for number, folder in enumerate(folders):
         path = Path(folder) / "metrics.jsonl"
+        data.check_regular(path)
         try:
             plot_run(panels, folder, [json.loads(line) for line in path.read_text().splitlines()], f"C{number}")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is not a metrics file of train.py: {type(error).__name__}: {error}") from None
     for (title, scale), row in zip(PANELS, panels):
         row[0].set_ylabel(title)
@@ -508,20 +549,19 @@ def plot_run(panels, name, metrics, colour):
 
 def main(arguments=None):
     flags = parse(arguments)
+    train.make_stdout_robust()
     try:
         run(flags)
     except BrokenPipeError:  # the reader has stopped, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        print("sample.py: stopped", file=sys.stderr)
-        raise SystemExit(130)
+        fail("stopped", 130)
     except (ValueError, OSError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        raise SystemExit(1)
+        fail(error, 1)
 
 
 def run(flags):
-    folders = flags.out_dir or [f"out/phase{flags.phase}"]
+    folders = flags.out_dir or [f"out/phase{flags.phase or 3}"]
     if flags.curves:
         return curves(folders)
     if len(folders) > 1:
@@ -534,24 +574,29 @@ def run(flags):
         raise ValueError(f"--digit_height must be from 1 to 10000 px, not {flags.digit_height}")
     folder = Path(folders[0])
     checkpoint, model = train.load_checkpoint(folder / "ckpt.pt")
-    sys.stdout.reconfigure(errors="replace")  # a terminal without block characters shows question marks instead
-    if flags.image:
-        examples, report = read_pictures(flags, checkpoint, model), []
-    else:
-        examples, report = read_test_set(flags, checkpoint, model)
+    if flags.phase not in (None, checkpoint["phase"]):
+        raise ValueError(f"{folder / 'ckpt.pt'} is of phase {checkpoint['phase']}, not {flags.phase}")
+    model.to(train.pick_device(flags.device))
     empty = checkpoint["canvas"]["classes"] if data.has_empty_cells(checkpoint["phase"]) else None
-    present(flags, folder, model, empty, examples, report)
+    if not flags.image:
+        return present(flags, folder, model, empty, *read_test_set(flags, checkpoint, model))
+    examples = read_pictures(flags, checkpoint, model)
+    if examples:
+        present(flags, folder, model, empty, examples, [])
+    if len(examples) < len(flags.image):
+        raise SystemExit(1)                 # read_pictures has said why
 
 
 def read_pictures(flags, checkpoint, model):
-    """Examples (name, canvas, None, logits) of the pictures in --image."""
+    """Examples (name, canvas, None, logits) of the pictures in --image. For one that cannot be read it says why."""
     examples, size = [], model.config.image_size
     for file in flags.image:
         try:
             canvas = as_canvas(load_picture(Path(file)), checkpoint["phase"], size, flags.digit_height)
             examples.append((Path(file).name, canvas, None, logits_of(model, canvas[None])[0]))
         except ValueError as error:
-            raise ValueError(error if file in str(error) else f"{file}: {error}") from None
+            print(f"sample.py: {error if file in str(error) else f'{file}: {error}'}", file=sys.stderr)
+            continue
         if not flags.digit_height and max(canvas.shape) > 2 * size:
             print(f"{file}: its digits are taken to be 20 px high; if they are not, say so with --digit_height",
                   file=sys.stderr)
@@ -567,6 +612,7 @@ def read_test_set(flags, checkpoint, model):
     layout = data.layout(checkpoint["phase"], images, labels, **options)
     canvases, truth = data.test_canvases(layout, images, labels, flags.test_canvases)
     note = "" if kind == "mnist" else f" ({kind} digits)"
+    data.check_memory(12 * len(canvases) * layout.grid**2 * model.config.num_classes, "what the model reads on them")
     print(f"reading {len(canvases):,} test canvases of {canvases.shape[1]} x {canvases.shape[2]} px{note}", flush=True)
     logits = logits_of(model, canvases)
     best = logits.argmax(-1)

@@ -1,10 +1,11 @@
 """The tests: python -m pytest -q. With MNIST_DIR=folder of the MNIST files they also train on real digits."""
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"     # in the processes that tests start too: threads that wait for each other are slow
+os.environ["OMP_NUM_THREADS"] = "1"     # of child processes too: on a busy machine threads wait for each other
 
 import contextlib
 import copy
+import dataclasses
 import gzip
 import hashlib
 import http.server
@@ -23,6 +24,7 @@ import threading
 import time
 import tracemalloc
 import types
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -40,10 +42,10 @@ from vit import ViT, ViTConfig
 
 torch.set_num_threads(1)
 HERE = Path(__file__).parent
-needs_mnist = pytest.mark.skipif(not os.environ.get("MNIST_DIR"), reason="set MNIST_DIR to the folder of the MNIST files")
+needs_mnist = pytest.mark.skipif(not os.environ.get("MNIST_DIR"), reason="set MNIST_DIR to the folder of MNIST's files")
 AUGMENTATION = dict(rotate=20, scale=0.2, shear=0.2, shift=2, elastic=2)
-SMALL = ["--dim=16", "--depth=1", "--heads=1", "--batch_size=16", "--log_every=4", "--save_every=0", "--test_canvases=100",
-         "--device=cpu"]
+SMALL = ["--dim=16", "--depth=1", "--heads=1", "--batch_size=16", "--log_every=4", "--save_every=0",
+         "--test_canvases=100", "--device=cpu"]
 
 
 def seeded(seed=0):
@@ -58,7 +60,8 @@ def randoms(n):
 def idx_bytes(array, code):
     """An IDX file, written independently of data.py."""
     kinds = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
-    return struct.pack(f">BBBB{array.ndim}I", 0, 0, code, array.ndim, *array.shape) + array.astype(kinds[code]).tobytes()
+    header = struct.pack(f">BBBB{array.ndim}I", 0, 0, code, array.ndim, *array.shape)
+    return header + array.astype(kinds[code]).tobytes()
 
 
 def write_mnist(folder, images, labels, split="train", spell=lambda name: name, pack=bytes):
@@ -441,7 +444,7 @@ def plates(n=200):
 
 
 def layout_of(phase, digits, crowded=0.0, borders=0.0, **options):
-    return train.dataclasses.replace(data.layout(phase, *digits[:2], **options), crowded=crowded, borders=borders)
+    return dataclasses.replace(data.layout(phase, *digits[:2], **options), crowded=crowded, borders=borders)
 
 
 def drawn_canvases(phase, digits, n, seed=0, augmentation=None, part=slice(None), weights=None, **options):
@@ -638,7 +641,7 @@ KINDS = [dict(), dict(in_channels=3, dropout=0.1, drop_path=0.1), dict(class_tok
          dict(image_size=64, patch_size=8, overlap=4, cell=8, num_classes=11, positions="rotary"),
          dict(image_size=64, patch_size=4, cell=8, num_classes=11), dict(class_token=True, overlap=2),
          dict(image_size=56, cell=28), dict(positions="rotary"), dict(positions="rotary", window=1, cell=7),
-         dict(image_size=48, patch_size=2, dim=16, positions="rotary", window=2),   # torch's kernel has blocks of -inf here
+         dict(image_size=48, patch_size=2, dim=16, positions="rotary", window=2),   # whole blocks of -inf
          dict(image_size=30, patch_size=3, in_channels=2, dim=36, heads=1, mlp_ratio=1.3, class_token=True, window=4),
          dict(image_size=32, patch_size=16, num_classes=7, dim=96, heads=12, mlp_ratio=4, class_token=True)]
 
@@ -1000,7 +1003,8 @@ def test_device_and_dtype(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert train.pick_dtype("auto", cpu) == torch.float32
     current = []                            # a stream or graph on another device than the tensors computes nothing
-    monkeypatch.setattr(torch, "zeros", lambda *shape, device: types.SimpleNamespace(device=torch.device(device)))
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: types.SimpleNamespace(
+        device=torch.device(device), tolist=list))
     monkeypatch.setattr(torch.accelerator, "set_device_index", current.append)
     assert train.pick_device("cuda:1") == torch.device("cuda:1") and current == [1]
 
@@ -1360,8 +1364,8 @@ DAMAGES = [  # how a checkpoint of phase 1 is damaged, and what is said of it
     (lambda c: c["settings"].update(canvas_size=28 * 10**9), "canvas size 28000000000 is not a multiple of the cell"),
     (lambda c: c["settings"].update(heads=-4), "heads must be a whole number from 1 up, not -4"),
     (lambda c: c["settings"].update(depth=10**9), "ckpt.pt has another model: depth cannot change"),
-    (lambda c: [c[part].update(depth=10**9) for part in ("settings", "config")], "1000000000 blocks, but 19 tensors"),
-    (lambda c: [c[part].update(dim=10**6) for part in ("settings", "config")], "weights, more than the file has bytes"),
+    (lambda c: [c[part].update(depth=10**9) for part in ("settings", "config")], "config asks for 12,000,000,007"),
+    (lambda c: [c[part].update(dim=10**6) for part in ("settings", "config")], "its config asks for (1, "),
     (lambda c: c.update(hardness=c["hardness"][:1001]), "ckpt.pt was trained on 1,000 digits, these are 1,500"),
     (lambda c: c.update(data="drawn"), "ckpt.pt was trained on drawn digits, these are custom ones"),
     (lambda c: c.update(phase=2), "ckpt.pt is of phase 2, not 1"),
@@ -1509,6 +1513,294 @@ def test_wandb_offline(flags, tmp_path, monkeypatch):
                  b"histogram", b"weight_decay", b"phase3", b"ckpt.pt"):
         assert word in record.read_bytes(), word
     assert len(list(record.parent.glob("files/media/images/*.png"))) == 16      # 8 at each evaluation
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hostile files, and data sets as people have them
+
+
+def nested(levels):
+    """A list that says itself twice at every level: short in a file, endless in print."""
+    value = [1]
+    for _ in range(levels):
+        value = [value, value]
+    return value
+
+
+def zip_with(path, replace, compression=zipfile.ZIP_STORED):
+    """A file of torch.save with other records: {end of its name: content}."""
+    whole = io.BytesIO()
+    torch.save({"config": {}, "average": {}}, whole)
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, "w", compression) as target:
+        for name in source.namelist():
+            bodies = [body for end, body in replace.items() if name.endswith(end)]
+            target.writestr(name, bodies[0] if bodies else source.read(name))
+        for end, body in replace.items():
+            target.writestr(f"archive/extra/{end}", body)
+
+
+def test_a_hostile_checkpoint_is_refused_at_once(tmp_path):
+    """Without an endless print, without code, and before it takes more memory than the file is large."""
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "boom"),)
+
+    config = train.asdict(ViTConfig(dim=16, depth=1))
+    state = ViT(ViTConfig(dim=16, depth=1)).state_dict()
+    wide = {name: torch.zeros(1).expand(10**9) for name in state}
+    cases = {
+        "a nested size": ({"config": config | {"image_size": nested(40)}, "average": state}, "image_size must be a"),
+        "nested positions": ({"config": config | {"positions": nested(40)}, "average": state}, "positions must be"),
+        "a nested name": ({"config": config, "average": state | {"x": nested(40)}}, "tensors, its config asks for"),
+        "many blocks": ({"config": config | {"depth": 20_000}, "average": {str(i): torch.zeros(1) for i in range(500)}},
+                        "it has 500 tensors, its config asks for 240,007"),
+        "expanded": ({"config": config, "average": wide}, "its config asks for"),
+        "meta": ({"config": config, "average": {"x": torch.zeros(3, device="meta")}}, "only tensors and plain values"),
+        "code": ({"config": config, "average": Bomb()}, "only tensors and plain values are read"),
+        "huge number": ({"config": config | {"dim": 10**5000}, "average": state}, "damaged, or no file of torch.save")}
+    for name, (content, words) in cases.items():
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(ValueError) as caught:
+            ViT.load(tmp_path / "x.pt")
+        error = str(caught.value)
+        assert words in error and "is not a checkpoint of this model" in error, (name, error)
+        assert "\n" not in error and len(error) < 500 and "weights_only" not in error, (name, error)
+    assert not (tmp_path / "boom").exists()
+
+    zip_with(tmp_path / "unpacks.pt", {"0": bytes(10**7)}, zipfile.ZIP_DEFLATED)
+    assert (tmp_path / "unpacks.pt").stat().st_size < 10**5
+    number = b"\x80\x02cbuiltins\nbytearray\n" + b"J" + struct.pack("<i", 2 * 10**9) + b"\x85R."
+    zip_with(tmp_path / "allocates.pt", {"data.pkl": number})
+    os.mkfifo(tmp_path / "pipe.pt")
+    (tmp_path / "folder.pt").mkdir()
+    for name, words in (("unpacks", "unpacks to more bytes than it has"), ("allocates", "it holds builtins.bytearray"),
+                        ("pipe", "not a regular file"), ("folder", "not a regular file")):
+        with pytest.raises(ValueError, match=words):
+            ViT.load(tmp_path / f"{name}.pt")
+
+
+def test_data_sets_are_found_as_people_have_them(tmp_path, drawn, monkeypatch, capsys):
+    """Kaggle's folders, torchvision's layout, EMNIST's and QMNIST's names; several sets are listed, one is chosen."""
+    images, labels = drawn[0][:20], drawn[1][:20]
+
+    def put(path, array, code=0x08):
+        path = tmp_path / path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(idx_bytes(array, code)) if path.suffix == ".gz" else idx_bytes(array, code))
+
+    for test in ("train", "t10k", "test"):
+        for content, array in (("images-idx3-ubyte", images.numpy()), ("labels-idx1-ubyte", labels.numpy())):
+            put(f"kaggle/{test}-{content}/{test}-{content}", array)
+            put(f"torchvision/MNIST/raw/{test}-{content}", array)
+            put(f"emnist/emnist-letters-{test}-{content}.gz", array)
+            put(f"emnist/emnist-digits-{test}-{content}.gz", array)
+        put(f"qmnist/qmnist-{test}-images-idx3-ubyte", images.numpy())
+        put(f"qmnist/qmnist-{test}-labels-idx2-int", np.stack([labels.numpy(), *[np.arange(20)] * 7], 1), 0x0C)
+    for folder in ("kaggle", "torchvision", "torchvision/MNIST", "torchvision/MNIST/raw", "emnist/emnist-letters",
+                   "qmnist"):
+        for split in data.SPLITS:
+            found = data.load_mnist(tmp_path / folder, split)
+            assert torch.equal(found[0], images) and torch.equal(found[1], labels), (folder, split)
+    with pytest.raises(ValueError, match="emnist holds several data sets: choose one by --data_dir=.*emnist-digits"):
+        data.load_mnist(tmp_path / "emnist", "train")
+
+    monkeypatch.setattr(data, "MIRRORS", ["http://127.0.0.1:9/"])
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "mnist_train.csv").touch()
+    for folder, words in (("tables", r"it holds mnist_train.csv\)"),
+                          ("kaggle/mnist", "there are digits in .*kaggle: name it")):
+        with pytest.raises(ConnectionError, match=words):
+            data.load_mnist(tmp_path / folder, "train")
+    os.mkfifo(tmp_path / "tables" / "train-images-idx3-ubyte")
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte is not a regular file but a device or a pipe"):
+        data.load_mnist(tmp_path / "tables", "train")
+
+
+def test_arrays_of_another_program_are_read():
+    canvas = np.random.default_rng(0).integers(256, size=(2, 16, 16), dtype=np.uint8)
+    assert torch.equal(data.to_input(canvas), data.to_input(torch.from_numpy(canvas)))
+    assert [len(reading) for reading in data.read(torch.zeros(2, 1, 3, 10))] == [3, 3]         # no class is empty
+    with pytest.raises(ValueError, match="which of 27 classes is that of empty cells. Say empty=26, or empty=None"):
+        data.read(torch.zeros(1, 2, 2, 27))
+    assert len(data.read(torch.zeros(1, 2, 2, 27), empty=26)[0]) == 4
+
+
+def test_a_test_set_beyond_memory_is_refused(drawn, monkeypatch):
+    layout = data.layout(3, *drawn, size=1024, max_digits=9)
+    with pytest.raises(ValueError, match=r"10,000,000 canvases of 1024 x 1024 px .* GB of memory, and .* GB are free"):
+        data.test_canvases(layout, *drawn, 10_000_000)
+
+
+def test_pieces_are_those_of_a_flood_fill():
+    for seed in range(60):
+        generator = seeded(seed)
+        sides = torch.randint(1, 30, (2,), generator=generator).tolist()
+        mask = torch.rand(*sides, generator=generator) < 0.2 + seed % 4 / 6
+        flood = torch.arange(1.0, mask.numel() + 1).view(mask.shape) * mask
+        for _ in range(mask.numel()):
+            flood = F.max_pool2d(flood[None, None], 3, stride=1, padding=1)[0, 0] * mask
+        labels = sample.pieces(mask)
+        assert torch.equal(labels > 0, mask)
+        pairs = torch.stack((labels, flood.long())).flatten(1).unique(dim=1)
+        assert len(pairs[0]) == len(labels.unique()) == len(flood.unique())
+    spiral = torch.zeros(301, 301, dtype=torch.bool)                    # one px wide: 45,000 rounds for a flood fill
+    for i in range(0, 150, 2):
+        spiral[i, i:301 - i] = spiral[i:301 - i, 300 - i] = spiral[300 - i, i:301 - i] = spiral[i + 2:301 - i, i] = True
+        spiral[i + 2, i:i + 3] = True
+    assert sample.pieces(spiral).unique().tolist() == [0, 1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs that are disturbed
+
+
+def test_a_checkpoint_that_says_what_cannot_be_is_damaged(finished, tmp_path, capsys):
+    def flip_a_bit(path):
+        content = bytearray(path.read_bytes())
+        content[content.index(b"head.weight") + 5000] ^= 1
+        path.write_bytes(content)
+
+    cases = {"hardness": lambda c: c.update(hardness=torch.tensor(1.0)),
+             "batch_size": lambda c: c["settings"].update(batch_size=None),
+             "seconds": lambda c: c.update(seconds=math.nan), "mean": lambda c: c["mean"].fill_(math.nan),
+             "square": lambda c: c["square"].fill_(-1.0)}
+    for name, change in cases.items():
+        checkpoint = checkpoint_of(finished(1))
+        change(checkpoint)
+        torch.save(checkpoint, tmp_path / "ckpt.pt")
+        with pytest.raises(ValueError, match=f"ckpt.pt is damaged: {name} cannot be right"):
+            train.load_checkpoint(tmp_path / "ckpt.pt")
+    shutil.copy(finished(1) / "ckpt.pt", tmp_path)
+    flip_a_bit(tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match="do not match their checksums"):
+        train.load_checkpoint(tmp_path / "ckpt.pt")
+
+
+def test_resume_names_a_broken_metrics_file_and_changes_nothing(finished, flags, tmp_path, capsys):
+    out, resume = tmp_path / "out", [*flags, "--phase=1", "--max_steps=14", "--resume"]
+    shutil.copytree(finished(1), out)
+    lines = (out / "metrics.jsonl").read_bytes().split(b"\n")
+    for broken in (b"[]", b"1", b"null", b'{"step": "x"}', b"{}", b"[" * 100_000, b"\xff\xfe\x00"):
+        (out / "metrics.jsonl").write_bytes(b"\n".join([lines[0], broken, *lines[1:]]))
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        assert "metrics.jsonl is not a metrics file of train.py: see its line 2" in refusal(
+            train.main, resume, capsys)[1]
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    for name in ("metrics.jsonl", "ckpt.pt"):
+        for make, what in ((Path.mkdir, "a folder"), (os.mkfifo, "a device or a pipe"),
+                           (lambda path: path.symlink_to(path), "a link")):
+            (out / name).unlink()
+            make(out / name)
+            assert f"{name} is not a regular file but {what}" in refusal(train.main, resume, capsys)[1]
+            (out / name).rmdir() if what == "a folder" else (out / name).unlink()
+            shutil.copy(finished(1) / name, out)
+
+
+def test_two_runs_never_share_a_folder(flags, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    with train.locked(tmp_path / "out"):                                # as another run holds it, as long as it lives
+        code, error = refusal(train.main, [*flags, "--phase=1", "--max_steps=2"], capsys)
+    assert code == 1 and f"a run is at work in {tmp_path / 'out'}" in error and not list((tmp_path / "out").iterdir())
+    train.main([*flags, "--phase=1", "--max_steps=2"])
+
+
+def test_a_run_outlives_its_terminal(flags, tmp_path, monkeypatch, capsys):
+    """Closing it is a SIGHUP, which saves and stops as SIGTERM does, unless nohup ignores it."""
+    prepare = train.Trainer.prepare
+
+    def hang_up(self, step, **more):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGHUP)
+        return prepare(self, step, **more)
+
+    monkeypatch.setattr(train.Trainer, "prepare", hang_up)
+    code, error = refusal(train.main, [*flags, "--phase=1", "--max_steps=9"], capsys)
+    assert code == 129 and checkpoint_of(tmp_path / "out")["step"] in (3, 4, 5)
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        train.main([*flags, "--phase=1", "--max_steps=9"])
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+    assert checkpoint_of(tmp_path / "out")["step"] == 9
+
+
+class Full(io.StringIO):
+    def write(self, text):
+        raise OSError(28, "No space left on device")
+
+
+def test_a_run_goes_on_without_a_voice(flags, tmp_path, monkeypatch):
+    """With stdout closed, full, gone, or without the letters of a folder's name."""
+    for number, stdout in enumerate((None, Full(), io.TextIOWrapper(io.BytesIO(), encoding="ascii"))):
+        out = tmp_path / f"übung{number}"
+        monkeypatch.setattr(sys, "stdout", stdout)
+        train.main([*flags, "--phase=1", "--max_steps=4", f"--out_dir={out}"])
+        assert metrics(out)[-1]["final"], number
+
+
+def test_ctrl_c_while_it_starts(tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")       # as if the key were hit while torch is imported
+    for script in ("train.py", "sample.py"):
+        done = subprocess.run([sys.executable, HERE / script], capture_output=True, text=True,
+                              env={**os.environ, "PYTHONPATH": str(tmp_path)})
+        assert done.returncode and done.stderr == f"{script}: stopped\n"
+
+
+def test_resume_says_which_settings_changed(finished, flags, tmp_path, capsys):
+    shutil.copytree(finished(1), tmp_path / "out")
+    train.main([*flags, "--phase=1", "--resume", "--max_steps=13", "--seed=4", "--lr=1e-4"])
+    words = "note: other settings than before: seed 0 -> 4, max_steps 12 -> 13, lr 0.007 -> 0.0001\n"
+    assert words in capsys.readouterr().out
+
+
+def test_what_takes_too_much_memory_is_refused_before_it_does(flags, tmp_path, capsys):
+    for more in ("--dim=1000000", "--mlp_ratio=1e9", "--overlap=100000", "--depth=100000000", "--mlp_ratio=1e18"):
+        code, error = refusal(train.main, [*flags, "--phase=1", more], capsys)
+        assert code == 2 and "GB of memory, and" in error and "GB are free" in error, more
+    assert "--device=meta cannot be used here" in refusal(train.main, [*flags, "--device=meta"], capsys)[1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_odd_labels_are_named(tmp_path, drawn, capsys):
+    """None of class 0; class 5 in the test set alone. Figures leave out what never occurs."""
+    labels = drawn[1][:400] % 3 + 1
+    write_mnist(tmp_path, drawn[0][:400], labels, "train")
+    write_mnist(tmp_path, drawn[0][:400], labels.where(torch.arange(400) > 2, 5), "test")
+    train.main([f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'out'}", *SMALL, "--phase=1", "--max_steps=2"])
+    assert "note: no training digit is of class 0, 4, 5; class 5 is in the test set alone\n" in capsys.readouterr().out
+    sample.main([f"--out_dir={tmp_path / 'out'}", "--count=1"])
+    matrix = capsys.readouterr().out.split("recall precision\n")[1].split("\n\n")[0]
+    assert not {"0", "4"} & {line.split()[0] for line in matrix.splitlines() if "-" in line}
+    write_mnist(tmp_path, drawn[0][:400], 0 * labels, "train")
+    write_mnist(tmp_path, drawn[0][:400], 0 * labels, "test")
+    train.main([f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'other'}", *SMALL, "--phase=1", "--max_steps=2"])
+    assert "note: all training digits are of class 0\n" in capsys.readouterr().out
+
+
+def test_sample_in_other_hands(finished, tmp_path, capsys, monkeypatch, drawn):
+    """A phase that is not the checkpoint's; one broken picture among others; a stdout that is no file."""
+    out = tmp_path / "out"
+    shutil.copytree(finished(3), out)
+    assert "ckpt.pt is of phase 3, not 1" in refusal(sample.main, ["--phase=1", f"--out_dir={out}"], capsys)[1]
+    code, error = refusal(sample.main, ["--count=x"], capsys)
+    assert code == 2 and "argument --count: invalid int value: 'x'" in error
+    (tmp_path / "broken.npy").write_bytes(b"nonsense")
+    np.save(tmp_path / "infinite.npy", np.full((30, 30), 1e300))
+    np.save(tmp_path / "good.npy", drawn[0][0].numpy())
+    os.mkfifo(tmp_path / "pipe.npy")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        sample.main([f"--out_dir={out}", "--image", *(str(tmp_path / f"{name}.npy") for name in (
+            "broken", "pipe", "infinite", "good"))])
+    printed = capsys.readouterr()
+    assert stopped.value.code == 1 and "\ngood.npy\n" in printed.out and (out / "image.png").exists()
+    assert [line.split(": ")[1].split(" ")[0] for line in printed.err.splitlines()] == [
+        str(tmp_path / f"{name}.npy") for name in ("broken", "pipe", "infinite")]
+    notebook = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", notebook)
+    sample.main([f"--out_dir={out}", f"--image={tmp_path / 'good.npy'}", "--device=cpu"])
+    assert "good.npy" in notebook.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import reprlib
 import shutil
 import signal
 import sys
@@ -33,12 +34,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, get_args
 
+if __name__ == "__main__":      # Ctrl-C while torch is imported
+    sys.excepthook = lambda kind, *rest: print("train.py: stopped", file=sys.stderr) \
+        if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
-from vit import ViT, ViTConfig
+from vit import ViT, ViTConfig, read_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings: each field is a flag with its default, help, limits and choices. DEFAULTS has the defaults by phase.
@@ -133,6 +138,7 @@ DEFAULTS = {
             rotate=0.0, scale=0.0, shear=0.0, shift=0.0, elastic=0.0),
 }
 FLAGS = {flag.name: flag for flag in fields(Settings)}
+NOT_OF_THE_RUN = ("resume", "eval_only", "smoke", "device", "out_dir", "wandb", "data", "epochs")
 
 
 def types_of(flag):
@@ -173,6 +179,25 @@ def fail(message, code):
     raise SystemExit(code)
 
 
+def make_stdout_robust():
+    """Nothing to print to is no reason to fail, and characters that the terminal lacks become question marks."""
+    if sys.stdout is None:              # closed
+        sys.stdout = open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def say(text="", end="\n"):
+    """Print. Where stdout is full or its reader is gone, go on without a voice."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        silence = open(os.devnull, "w")
+        if sys.stdout is sys.__stdout__:        # what it still holds would fail again at the program's end
+            os.dup2(silence.fileno(), sys.stdout.fileno())
+        sys.stdout = silence
+
+
 def one_line(error):
     """What an exception says, in one line of bounded length."""
     return " ".join(str(error).split())[:200]
@@ -194,9 +219,9 @@ def settle(given, saved):
         value, types = getattr(settings, name), types_of(flag)
         low, high, choices = (flag.metadata[key] for key in ("low", "high", "choices"))
         if type(value) not in types and not (float in types and type(value) is int):
-            raise ValueError(f"--{name} must be of type {types[0].__name__}, not {value!r:.100}")
+            raise ValueError(f"--{name} must be of type {types[0].__name__}, not {reprlib.repr(value)}")
         if choices and value not in choices:
-            raise ValueError(f"--{name} must be one of {', '.join(map(str, choices))}, not {value!r:.100}")
+            raise ValueError(f"--{name} must be one of {', '.join(map(str, choices))}, not {reprlib.repr(value)}")
         if None not in (value, low) and not low <= value <= high:
             raise ValueError(f"--{name} must be from {low:g} to {high:g}, not {value}")
     settings.out_dir = settings.out_dir or f"out/phase{phase}"
@@ -289,6 +314,7 @@ def pick_device(name):
         return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     try:
         device = torch.zeros(1, device=name).device
+        torch.zeros(1, device=device).tolist()      # which a device without values ("meta") cannot
         if device.index:  # CUDA makes streams and graphs on the current device
             torch.accelerator.set_device_index(device.index)
         return device
@@ -523,7 +549,7 @@ def capture(trainer):
             trainer.step()
         advance = graph.replay
     except (RuntimeError, AttributeError) as error:
-        print(f"no CUDA graph of the training step, so each kernel is launched by itself: {one_line(error)}")
+        say(f"no CUDA graph of the training step, so each kernel is launched by itself: {one_line(error)}")
     for tensor, value in zip(changed, before):
         tensor.copy_(value)
     return advance
@@ -572,25 +598,26 @@ def save(path, checkpoint):
 
 
 def load_checkpoint(path):
-    """A checkpoint as `save` wrote it, on the CPU, and its averaged model in eval mode. Only tensors and plain values
-    are unpickled, so it cannot run code. OSError where there is no such file, ValueError where it is not sound."""
+    """A checkpoint as `save` wrote it, on the CPU, and its averaged model in eval mode. `read_checkpoint` says what a
+    file cannot do. OSError where there is no such file, ValueError where it is not sound."""
+    data.check_regular(path)
     if not path.exists():
         raise OSError(f"there is no checkpoint {path}: train one with train.py")
-    with open(path, "rb") as file:
-        try:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-            version, settings = checkpoint["version"], dict(checkpoint["settings"])
-            if version == 2:  # which kept the step of the last line of metrics, in place of the steps since
-                steps = checkpoint["step"] - checkpoint["since"]
-                checkpoint["sums"] = torch.cat((checkpoint["sums"], torch.tensor([steps])))
-        except Exception as error:  # torch.load raises many types for a file that it cannot read
-            raise ValueError(f"{path} is not a checkpoint of train.py: {one_line(error)}") from None
+    try:
+        checkpoint = read_checkpoint(path)
+        version, settings = checkpoint["version"], dict(checkpoint["settings"])
+        if version == 2:  # which kept the step of the last line of metrics, in place of the steps since
+            steps = checkpoint["step"] - checkpoint["since"]
+            checkpoint["sums"] = torch.cat((checkpoint["sums"], torch.tensor([steps])))
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a checkpoint of train.py: {one_line(error)}") from None
     if version not in (2, VERSION) or settings.keys() - FLAGS:
         raise ValueError(f"{path} was written by another version of train.py")
-    wrong = [key for key, kind in CHECKPOINT.items() if not isinstance(checkpoint.get(key), kind)]
-    wrong += [name for name, value in settings.items() if type(value) not in types_of(FLAGS[name])]
-    if wrong or checkpoint["step"] < 0:
-        raise ValueError(f"{path} is damaged: {', '.join(wrong or ['step'])} cannot be right")
+    wrong = [key for key, kind in CHECKPOINT.items() if not is_sound(key, checkpoint.get(key), kind)]
+    wrong += [name for name, value in settings.items() if type(value) not in types_of(FLAGS[name])
+              or value is None and name in DEFAULTS.get(settings.get("phase"), {})]
+    if wrong:
+        raise ValueError(f"{path} is damaged: {', '.join(wrong)} cannot be right")
     model, phase, canvas = ViT.load(path), checkpoint["phase"], checkpoint["canvas"]
     if phase not in data.PHASES or checkpoint["data"] not in data.KINDS or \
             canvas.keys() != {"size", "max_digits", "min_distance", "classes"} or \
@@ -598,6 +625,14 @@ def load_checkpoint(path):
             model.config.num_classes != canvas["classes"] + data.has_empty_cells(phase):
         raise ValueError(f"{path} is not a checkpoint of train.py: what it says of its canvases does not fit its model")
     return checkpoint, model
+
+
+def is_sound(key, value, kind):
+    """Whether a value of a checkpoint can be right: a finite number or vector, of which only `mean` may be negative."""
+    if kind is torch.Tensor:
+        return isinstance(value, torch.Tensor) and value.ndim == 1 and \
+            bool((value.isfinite() & ((value >= 0) | (key == "mean"))).all())
+    return isinstance(value, kind) and (kind not in (int, float) or 0 <= value < math.inf)
 
 
 def check_fits(path, checkpoint, kind, config, eval_only):
@@ -615,26 +650,56 @@ def make_room(path, checkpoint):
     """Make the folder of a checkpoint ready for its run. A resumed run drops the lines of metrics.jsonl that come after
     its checkpoint. A new run keeps the files of an earlier one, with the first number that is free for all of them."""
     metrics = path.with_name("metrics.jsonl")
+    data.check_regular(metrics)
+    data.check_regular(path)
     if checkpoint:
-        kept = b""
-        for line in metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []:
-            try:
-                if json.loads(line)["step"] > checkpoint["step"]:
-                    break
-            except ValueError:  # cut off when the run was killed
-                break
-            kept += line
-        data.write_whole(metrics, kept)
+        data.write_whole(metrics, lines_until(checkpoint["step"], metrics))
     elif path.exists():
         files = (metrics, path)
         number = next(n for n in itertools.count(1) if not any(Path(f"{file}.{n}").exists() for file in files))
         for file in files:
             if file.exists():
                 os.replace(file, f"{file}.{number}")
-                print(f"{file} is another run's: kept as {file}.{number}")
+                say(f"{file} is another run's: kept as {file}.{number}")
     else:
-        path.parent.mkdir(parents=True, exist_ok=True)
         metrics.unlink(missing_ok=True)             # of a run that never saved anything
+
+
+def lines_until(step, metrics):
+    """The lines of metrics.jsonl up to a step, in bytes. The last line may be cut off, as a killed run leaves it;
+    others that are no metrics are a ValueError."""
+    kept = b""
+    *lines, cut_off = metrics.read_bytes().split(b"\n") if metrics.exists() else [b""]
+    for number, line in enumerate(lines, 1):
+        try:
+            later = json.loads(line)["step"] > step
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise ValueError(f"{metrics} is not a metrics file of train.py: see its line {number}") from None
+        if later:
+            return kept
+        kept += line + b"\n"
+    if cut_off[:1] not in (b"", b"{"):
+        raise ValueError(f"{metrics} is not a metrics file of train.py: see its end")
+    return kept
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """The folder is this run's alone: OSError where another is at work. The lock ends with the process, in any case."""
+    try:
+        import fcntl            # which Windows lacks
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"a run is at work in {folder}: wait for its end, or name another --out_dir") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -664,7 +729,7 @@ def start_wandb(settings, config):
     try:
         import wandb
         folder.mkdir(parents=True, exist_ok=True)
-        wandb.init(project="vit-digits", name=folder.name, dir=folder,
+        wandb.init(project="vit-digits", name=folder.name, dir=settings.out_dir,
                    config={**asdict(settings), "model": asdict(config)})
     except ImportError:
         raise ValueError("--wandb needs the package wandb: pip install wandb") from None
@@ -732,9 +797,9 @@ class Log:
         """Print a line of progress: in place on a terminal, every 10 s elsewhere, and always where `keep`."""
         if sys.stdout.isatty():
             width = None if keep else shutil.get_terminal_size().columns - 1
-            print("\r\033[K" + text[:width], end="\n" if keep else "", flush=True)
+            say("\r\033[K" + text[:width], end="\n" if keep else "")
         elif keep or time.perf_counter() - self.shown >= 10:
-            print(text, flush=True)
+            say(text)
             self.shown = time.perf_counter()
 
     def finish(self, checkpoint):
@@ -882,8 +947,10 @@ def compare(name, found, expected, limit, each=False):
     """A check of dicts of tensors: the relative L2 difference of all together, or the largest of `each`. NaN fails."""
     sizes = torch.stack([tensor.cpu().double().norm() for tensor in expected.values()])
     errors = torch.stack([(found[key].cpu().double() - expected[key].cpu().double()).norm() for key in expected])
-    worst, index = (errors / sizes.clamp(min=1e-300)).max(0)        # a gradient may be 0
-    off, where = (worst, f" ({list(expected)[index]})") if each else (errors.norm() / sizes.norm().clamp(min=1e-300), "")
+    off, where = errors.norm() / sizes.norm().clamp(min=1e-300), ""         # a gradient may be 0
+    if each:
+        off, index = (errors / sizes.clamp(min=1e-300)).max(0)
+        where = f" ({list(expected)[index]})"
     return name, off <= limit, f"{off:.1e} off{where}, at most {limit:g} is right"
 
 
@@ -925,14 +992,17 @@ class Result(NamedTuple):
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list of the signals that ask the program to stop: SIGINT (Ctrl-C) and SIGTERM. A second one ends it at once."""
-    received = []
+    """A list of the signals that ask the program to stop: SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal is closed,
+    unless nohup ignores it). A second one ends it at once."""
+    received, numbers = [], [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
 
     def receive(number, _):
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, receive) for number in numbers}
     try:
         yield received
     finally:
@@ -950,27 +1020,53 @@ def load_data(settings):
         (images, test_images), (labels, test_labels) = images.split(sizes), labels.split(sizes)
     else:
         test_images, test_labels, _ = data.load_digits(kind, settings.data_dir, "test")
+    classes = int(max(labels.max(), test_labels.max())) + 1
     layout_options = {"size": settings.canvas_size, "max_digits": settings.max_digits,
-                      "min_distance": settings.min_distance, "classes": int(labels.max()) + 1}
-    if test_labels.max() > labels.max():
-        raise ValueError(f"test labels go up to {test_labels.max()}, training labels only to {labels.max()}")
+                      "min_distance": settings.min_distance, "classes": classes}
+    untrained = sorted(set(range(classes)) - set(labels.tolist()))
+    if untrained:
+        tested = sorted(set(untrained) & set(test_labels.tolist()))
+        say(f"note: no training digit is of class {', '.join(map(str, untrained))}"
+            + (f"; class {', '.join(map(str, tested))} is in the test set alone" if tested else ""))
+    if len(set(labels.tolist())) < 2:
+        say(f"note: all training digits are of class {labels[0]}")
     test_layout = data.layout(settings.phase, test_images, test_labels, **layout_options)
     test_set = data.test_canvases(test_layout, test_images, test_labels, settings.test_canvases)
     return images, labels, test_set, layout_options, kind
 
 
+def check_memory(settings, config, device):
+    """Raise ValueError where a model and a step of it surely take more memory than is free."""
+    try:
+        one, two = (replace(config, depth=depth).num_parameters() for depth in (1, 2))
+        parameters = one + (config.depth - 1) * (two - one)
+    except (RuntimeError, TypeError):       # more than a tensor can have
+        parameters = math.inf
+    tokens = (config.image_size // config.patch_size) ** 2
+    activations = settings.batch_size * tokens * config.depth * (8 * config.dim + 2 * config.mlp_dim)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    # weights, their average, gradients and two moments
+    data.check_memory(4 * (5 * parameters + activations), f"a model of {parameters:,} parameters and a step of "
+                      f"{settings.batch_size:,} canvases of {config.image_size} x {config.image_size} px", free)
+
+
 def run(signals=False, **given):
     """Train with the settings given. Returns a Result. Raises ValueError for settings or files that make no sense,
-    OSError for what a file or the network denies, FloatingPointError where training diverges. signals: whether SIGINT
-    and SIGTERM make it save and raise Stopped, which only works in the main thread."""
+    OSError for what a file or the network denies, FloatingPointError where training diverges. signals: whether
+    `stop_signals` make it save and raise Stopped, which only works in the main thread."""
     # Settings, and the checkpoint to continue from
     started, settings, checkpoint = time.perf_counter(), settle(given, {}), None
     path = Path(settings.out_dir) / "ckpt.pt"
+    data.check_regular(path)
     if settings.eval_only or settings.resume and path.exists():
         checkpoint, model = load_checkpoint(path)
         if checkpoint["phase"] != settings.phase:
             raise ValueError(f"{path} is of phase {checkpoint['phase']}, not {settings.phase}")
         settings = settle(given, checkpoint["settings"])
+        changed = [f"{name} {reprlib.repr(old)} -> {value}" for name, value in asdict(settings).items()
+                   if (old := checkpoint["settings"].get(name, value)) != value and name not in NOT_OF_THE_RUN]
+        if changed:
+            say(f"note: other settings than before: {', '.join(changed)}")
     device, rank, processes = join(pick_device(settings.device))
     if settings.batch_size < processes:
         raise ValueError(f"--batch_size={settings.batch_size} is less than a canvas for each of {processes} processes")
@@ -992,20 +1088,19 @@ def run(signals=False, **given):
 
     if settings.eval_only or checkpoint and checkpoint["step"] >= settings.max_steps:
         figures = evaluation(model.to(device))
-        print(table(figures, {"checkpoint": path}))
+        say(table(figures, {"checkpoint": path}))
         return Result(figures, model)
 
+    check_memory(settings, config, device)
     wandb = start_wandb(settings, config) if settings.wandb and rank == 0 else None
     trainer = Trainer(settings, config, harder_layout, images, labels, device, dtype, rank, processes)
     if checkpoint:
         trainer.load(path, checkpoint)
-    if rank == 0:
-        make_room(path, checkpoint)
-    print(f"phase {settings.phase}: {layout.size} x {layout.size} px, {len(images):,} {kind} digits for training\n"
-          f"model: {config.num_parameters():,} parameters on {device}, {str(dtype).removeprefix('torch.')}, "
-          f"{'compiled' if settings.compile else 'not compiled'}\n"
-          f"run: step {trainer.steps:,} to {settings.max_steps:,}, {settings.batch_size} canvases each, "
-          f"seed {settings.seed}, in {path.parent}" + (f", {processes} processes" if processes > 1 else ""), flush=True)
+    say(f"phase {settings.phase}: {layout.size} x {layout.size} px, {len(images):,} {kind} digits for training\n"
+        f"model: {config.num_parameters():,} parameters on {device}, {str(dtype).removeprefix('torch.')}, "
+        f"{'compiled' if settings.compile else 'not compiled'}\n"
+        f"run: step {trainer.steps:,} to {settings.max_steps:,}, {settings.batch_size} canvases each, "
+        f"seed {settings.seed}, in {path.parent}" + (f", {processes} processes" if processes > 1 else ""))
     facts = {"version": VERSION, "phase": settings.phase, "data": kind, "canvas": layout_options,
              "config": asdict(config), "settings": asdict(settings)}
 
@@ -1015,14 +1110,21 @@ def run(signals=False, **given):
     # tenth of a step's time on a CPU. Freeing a block raises its threshold to the block's size, up to 32 MiB
     # (mallopt(3), M_MMAP_THRESHOLD).
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
-    advance = capture(trainer)
-    log = Log(path.with_name("metrics.jsonl") if rank == 0 else os.devnull, trainer, kind, started, checkpoint, wandb)
-    with log.file, stop_signals() if signals else contextlib.nullcontext([]) as received:
+    with contextlib.ExitStack() as stack:
+        if rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(path.parent))
+            make_room(path, checkpoint)
+        advance = capture(trainer)
+        metrics = path.with_name("metrics.jsonl") if rank == 0 else os.devnull
+        log = Log(metrics, trainer, kind, started, checkpoint, wandb)
+        stack.enter_context(log.file)
+        received = stack.enter_context(stop_signals()) if signals else []
         figures = fit(trainer, advance, evaluation, test_set[0], log, path, facts, received)
         log.finish(path)
     seconds = figures["train_seconds"]
     images_per_second = f"{trainer.steps * settings.batch_size / seconds:,.0f}"
-    print(table(figures, {"training": f"{seconds:.1f} s", "images/s": images_per_second, "checkpoint": path}))
+    say(table(figures, {"training": f"{seconds:.1f} s", "images/s": images_per_second, "checkpoint": path}))
     return Result(figures, trainer.averaged)
 
 
@@ -1063,6 +1165,7 @@ def fit(trainer, advance, evaluation, canvases, log, path, facts, received):
 
 def main(arguments=None):
     given = parse(arguments)
+    make_stdout_robust()
     try:
         if given.get("smoke"):
             raise SystemExit(0 if smoke(settle(given, {})) else 1)
@@ -1076,13 +1179,13 @@ def main(arguments=None):
             raise
         fail(f"FAIL, this device cannot run it: {str(error).splitlines()[0]}", 1)
     except FloatingPointError as error:
-        print()                         # ends the line of progress, here and below
+        say()                           # ends the line of progress, here and below
         fail(error, 1)
     except Stopped as stopped:
-        print()
+        say()
         fail(*stopped.args)
     except KeyboardInterrupt:
-        print()
+        say()
         fail("stopped", 130)
     finally:
         if dist.is_available() and dist.is_initialized():

@@ -16,7 +16,11 @@ arXiv:1906.05909), drop path (Huang 2016, arXiv:1603.09382).
 """
 import math
 import os
-from dataclasses import dataclass, fields
+import pickletools
+import re
+import reprlib
+import zipfile
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn as nn
@@ -55,16 +59,16 @@ class ViTConfig:
         for name in (f.name for f in fields(self) if f.type in (int, "int")):
             value, least = getattr(self, name), 0 if name in ("overlap", "cell", "window") else 1
             if type(value) is not int or value < least:
-                raise ValueError(f"{name} must be a whole number from {least} up, not {value!r}")
+                raise ValueError(f"{name} must be a whole number from {least} up, not {reprlib.repr(value)}")
         for name, kinds in (("mlp_ratio", (int, float)), ("dropout", (int, float)), ("drop_path", (int, float)),
                             ("class_token", (bool,))):
             if type(getattr(self, name)) not in kinds:
-                raise ValueError(f"{name} must be a {kinds[-1].__name__}, not {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be a {kinds[-1].__name__}, not {reprlib.repr(getattr(self, name))}")
         if not (self.mlp_ratio < math.inf and self.dim * self.mlp_ratio >= 1):
-            raise ValueError(f"mlp_ratio must give the MLP at least one channel, not be {self.mlp_ratio!r}")
+            raise ValueError(f"mlp_ratio must give the MLP at least one channel, not be {reprlib.repr(self.mlp_ratio)}")
         for name in ("dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be at least 0 and below 1, not {reprlib.repr(getattr(self, name))}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.cell and (self.cell % self.patch_size or self.image_size % self.cell):
@@ -75,7 +79,7 @@ class ViTConfig:
         if self.dim % self.heads:
             raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}")
         if self.positions not in ("learned", "rotary"):
-            raise ValueError(f'positions must be "learned" or "rotary", not {self.positions!r}')
+            raise ValueError(f'positions must be "learned" or "rotary", not {reprlib.repr(self.positions)}')
         if self.positions == "rotary" and self.dim // self.heads % 4:
             raise ValueError(f"rotary positions need heads of a multiple of 4 wide, not {self.dim} / {self.heads}")
 
@@ -102,6 +106,34 @@ class ViTConfig:
 
 # Width, blocks and heads (Dosovitskiy 2021, table 1; Ti and S: Touvron 2021, arXiv:2012.12877, table 1)
 PRESETS = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
+
+
+def read_checkpoint(path):
+    """What torch.save wrote to a file, on the CPU. Only tensors and plain values are read, so a file cannot run code,
+    and never more bytes than it has. ValueError in one line for all else, OSError where there is no such file."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("it is not a regular file")            # a pipe would be waited for
+    with open(path, "rb") as file:
+        try:
+            archive = zipfile.ZipFile(file)
+            if sum(record.file_size for record in archive.infolist()) > os.fstat(file.fileno()).st_size:
+                raise ValueError("it unpacks to more bytes than it has")
+            if archive.testzip():
+                raise ValueError("it is damaged: its contents do not match their checksums")
+            pickled = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+            for opcode, name, _ in pickletools.genops(archive.read(pickled)):
+                if opcode.name == "GLOBAL" and name not in PLAIN and not re.fullmatch(r"torch \w+Storage", name):
+                    raise ValueError(f"it holds {name.replace(' ', '.')[:100]}; only tensors and plain values are read")
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except ValueError:
+            raise
+        except Exception as error:  # of many kinds, and torch's messages advise to let a file run code
+            raise ValueError(f"it is damaged, or no file of torch.save ({type(error).__name__})") from None
+
+
+# What a pickle of tensors and plain values calls
+PLAIN = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "torch Size"}
 
 
 def drop_path(branch, rate, training):
@@ -268,23 +300,29 @@ class ViT(nn.Module):
     def load(cls, path):
         """The model of a checkpoint {"config": fields of ViTConfig, "average": state dict}, in eval mode, on the CPU.
 
-        Only tensors and plain values are unpickled, so a file cannot run code. ValueError if it is no such checkpoint.
+        ValueError in one line if it is no such checkpoint. Nothing is built before the tensors are known to fit.
         """
-        with open(path, "rb") as file:
-            try:
-                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-                config = ViTConfig(**checkpoint["config"])
-                if config.depth > len(checkpoint["average"]):
-                    raise ValueError(f"{config.depth} blocks, but {len(checkpoint['average'])} tensors")
-                with torch.device("meta"):  # so that a config that does not fit the tensors costs no memory
-                    model = cls(config)
-                count = sum(parameter.numel() for parameter in model.parameters())
-                if count > os.fstat(file.fileno()).st_size:
-                    raise ValueError(f"its config asks for {count:,} weights, more than the file has bytes")
-                model.load_state_dict(checkpoint["average"], assign=True)
-            except Exception as error:  # torch.load has many kinds of them for a file that it cannot make sense of
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                raise ValueError(f"{path} is not a checkpoint of this model: {reason}") from None
+        try:
+            checkpoint = read_checkpoint(path)
+            config, state = ViTConfig(**checkpoint["config"]), checkpoint["average"]
+            with torch.device("meta"):  # all blocks are alike, so one says what the tensors of all have to be
+                one = cls(replace(config, depth=1)).state_dict()
+            count = len(one) + (config.depth - 1) * sum(name.startswith("blocks.") for name in one)
+            if len(state) != count:
+                raise ValueError(f"it has {len(state):,} tensors, its config asks for {count:,}")
+            for name, tensor in one.items():
+                for i in range(config.depth if name.startswith("blocks.") else 1):
+                    found = state[name.replace("blocks.0.", f"blocks.{i}.")].shape
+                    if found != tensor.shape:
+                        raise ValueError(f"its {name} is {tuple(found)}, its config asks for {tuple(tensor.shape)}")
+            if sum(tensor.nbytes for tensor in state.values()) > os.path.getsize(path):     # expanded ones
+                raise ValueError("its tensors take more bytes than the file has")
+            with torch.device("meta"):
+                model = cls(config)
+            model.load_state_dict(state, assign=True)
+        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:    # for other dictionaries
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise ValueError(f"{path} is not a checkpoint of this model: {reason}") from None
         return model.eval()
 
     def _load_from_state_dict(self, state_dict, prefix, *args):  # what load_state_dict calls for every module
