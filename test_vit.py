@@ -156,8 +156,7 @@ def test_idx_files_of_every_type_and_shape(tmp_path):
     for (code, kind), shape, pack in itertools.product(kinds.items(), shapes, (bytes, gzip.compress)):
         array = np.random.default_rng(0).integers(-100, 100, shape).astype(kind)
         loaded = idx_of(tmp_path / "x", pack(idx_bytes(array, code)))
-        assert loaded.dtype == kind and loaded.dtype.isnative and loaded.shape == shape, (code, shape)
-        assert (loaded == array).all(), (code, shape)
+        assert loaded.dtype == kind and loaded.shape == shape and (loaded == array).all(), (code, shape)
 
 
 def test_idx_refuses(tmp_path):
@@ -247,7 +246,9 @@ def mirrors(monkeypatch, drawn):
         def do_GET(self):
             state.wait()
             _, mirror, name = self.path.split("/")
-            self.wfile.write(state.answers.get(mirror, lambda body: b"HTTP/1.0 404 -\r\n\r\n")(good[name]))
+            answer = state.answers.get(mirror, lambda body: b"HTTP/1.0 404 -\r\n\r\n")
+            with contextlib.suppress(ConnectionError):      # of a client that has given up
+                self.wfile.write(answer(good[name]))
 
     state = types.SimpleNamespace(names=sorted(good), answers={}, wait=lambda: None)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -286,16 +287,17 @@ def test_download(mirrors, tmp_path, drawn, monkeypatch, capsys):
         assert all(path.stat().st_mode & 0o777 == 0o644 for path in folder.iterdir())       # for all to read
 
 
-def test_download_gives_up_on_a_mirror_that_is_silent_or_never_ends(mirrors, tmp_path):
+def test_download_gives_up_on_what_is_silent_or_too_long(mirrors, tmp_path):
     enough, began = threading.Event(), time.perf_counter()
     mirrors.wait = lambda: enough.wait(5)
     with pytest.raises(ConnectionError, match="timed out"):
         data.download(tmp_path, "train-images-idx3-ubyte.gz", timeout=0.1)
     assert time.perf_counter() - began < 2 and names_in(tmp_path) == []
     enough.set()
+    chunks = iter([bytes(2**20)] * 70)
+    long = types.SimpleNamespace(headers={}, read=lambda most: next(chunks, b""))
     with open(os.devnull, "wb") as file:
-        error = value_error_of(data.copy_with_progress, types.SimpleNamespace(headers={}, read=bytes), file, "http://x")
-    assert "longer than 64 MB" in error
+        assert "longer than 64 MB" in value_error_of(data.copy_with_progress, long, file, "http://long")
 
 
 def test_two_processes_download_into_one_folder(mirrors, tmp_path, drawn):
@@ -406,6 +408,11 @@ def test_augment_turns_scales_and_leans():
     slope = middles(leaning[:, 6:22]).diff().mean(1)            # px to the right for each px down
     assert 0.45 < slope.max() < 0.55 and -0.55 < slope.min() < -0.45 and slope.mean().abs() < 0.05
     assert (data.ink_box(leaning)[2] == 20).all()               # what leans stays as high, what turns does not
+    # What outgrows `side` shrinks: the bright ends of a bar are not cut off
+    bar = bars(20, 8)
+    bar[:, 7:21] = 100
+    ends = (data.augment(bar, randoms(500), side=14) > 180).any(2)
+    assert ends[:, :14].any(1).all() and ends[:, 14:].any(1).all()
     # Training digits are as large as test digits: MNIST's all fill 20 px
     changed = data.augment(bars(20, 10), randoms(500), rotate=10, scale=0.1, shear=0.1, shift=1, elastic=1, side=20)
     _, _, height, _ = data.ink_box((changed > 100).byte())
@@ -618,9 +625,9 @@ def test_to_input_and_read():
     torch.testing.assert_close(inputs.flatten(), torch.tensor([0, (1 + 1 / 255) / 2, 0.6, 1]) / 0.34)
     logits = torch.zeros(2, 2, 3, 11)
     logits[..., 10] = 9
-    logits[0, 1, 0, 4], logits[0, 0, 2, 7] = 20, 10
+    logits[0, 1, 0, 0], logits[0, 0, 2, 9] = 20, 10
     readings = data.read(logits)
-    assert [reading[:3] for reading in readings[0]] == [(7, 0, 2), (4, 1, 0)] and readings[1] == []
+    assert [reading[:3] for reading in readings[0]] == [(9, 0, 2), (0, 1, 0)] and readings[1] == []
     assert readings[0][0][3] == pytest.approx(math.e / (math.e + 1 + 9 * math.exp(-9)), rel=1e-5)
     assert [len(reading) for reading in data.read(logits, empty=None)] == [6, 6]
 
@@ -641,7 +648,7 @@ KINDS = [dict(), dict(in_channels=3, dropout=0.1, drop_path=0.1), dict(class_tok
          dict(image_size=64, patch_size=8, overlap=4, cell=8, num_classes=11, positions="rotary"),
          dict(image_size=64, patch_size=4, cell=8, num_classes=11), dict(class_token=True, overlap=2),
          dict(image_size=56, cell=28), dict(positions="rotary"), dict(positions="rotary", window=1, cell=7),
-         dict(image_size=48, patch_size=2, dim=16, positions="rotary", window=2),   # whole blocks of -inf
+         dict(image_size=46, patch_size=2, dim=16, heads=1, positions="rotary", window=2),    # makes blocks of -inf
          dict(image_size=30, patch_size=3, in_channels=2, dim=36, heads=1, mlp_ratio=1.3, class_token=True, window=4),
          dict(image_size=32, patch_size=16, num_classes=7, dim=96, heads=12, mlp_ratio=4, class_token=True)]
 
@@ -735,7 +742,7 @@ def test_every_kind_of_model_is_what_a_plain_forward_says():
                 assert_same(logits, expected, case=fields)
                 with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                     model(images)
-                assert config.flops(*size) == pytest.approx(counter.get_total_flops() / 3, rel=0.02), fields
+                assert config.flops(*size) == counter.get_total_flops() / 3, fields
         assert config.num_parameters() == sum(parameter.numel() for parameter in model.parameters()), fields
     for name, parameter in model.named_parameters():    # tokens that are nearly constant show the eps of each norm
         if re.search("patch_embed|cls_token|pos_embed|attn.proj|mlp.fc2", name):
@@ -936,6 +943,8 @@ def test_load_runs_no_code(tmp_path):
     for path in tmp_path.glob("*.pt"):
         assert f"{path} is not a checkpoint of this model" in value_error_of(ViT.load, path)
     assert not (tmp_path / "boom").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # AdamW
 

@@ -844,7 +844,7 @@ def smoke(settings):
     def report(name, checks):
         for check, good, figure in checks:
             passed.append(bool(good))
-            print(f"{'PASS' if good else 'FAIL'}  {name}{check}: {figure}", flush=True)
+            say(f"{'PASS' if good else 'FAIL'}  {name}{check}: {figure}")
 
     report("", check_drawing(*pair(torch.float32)))
     for dtype in dict.fromkeys((torch.float32, pick_dtype(settings.dtype, device))):
@@ -859,10 +859,10 @@ def smoke(settings):
         peak = 2 * side**3 / seconds_of(lambda: matrix @ matrix, 5, device)
         seconds = seconds_of(advance, 20, device)
         reached = 3 * config.flops() * images / seconds         # a backward pass takes twice a forward pass
-        print(f"      {name}: {1e3 * seconds:.1f} ms a step of {images}, {images / seconds:,.0f} images/s, "
-              f"{reached / 1e12:.3g} TFLOP/s; a large matrix product reaches {peak / 1e12:.3g}")
-    print(f"{device_summary(device)}, torch {torch.__version__}: "
-          f"{'all right' if all(passed) else f'{passed.count(False)} of {len(passed)} checks FAILED'}")
+        say(f"      {name}: {1e3 * seconds:.1f} ms a step of {images}, {images / seconds:,.0f} images/s, "
+            f"{reached / 1e12:.3g} TFLOP/s; a large matrix product reaches {peak / 1e12:.3g}")
+    say(f"{device_summary(device)}, torch {torch.__version__}: "
+        f"{'all right' if all(passed) else f'{passed.count(False)} of {len(passed)} checks FAILED'}")
     return all(passed)
 
 
