@@ -475,6 +475,11 @@ class Layout:
         return self.size // self.cell
 
     @property
+    def apart(self):
+        """Fewest cells from one digit to the next, along rows or columns, whichever is more."""
+        return self.min_distance // self.cell
+
+    @property
     def lattice(self):
         """Lines along a side of a square lattice on which digits surely fit, whatever the sides of their ink. The lines
         are min_distance + 0.5 px apart: the centre of an odd side lies on a half px, that of an even side does not."""
@@ -679,12 +684,45 @@ def at_once(canvases):
     return max(1, 2**20 // canvases[0].numel())
 
 
-def read(logits, empty="auto"):
+def decode(logits, empty, apart=2):
+    """Logits (n, gh, gw, classes) -> the class of each cell, int64 (n, gh, gw), decided jointly.
+
+    The model says for each cell how likely the centre of a digit is in it. Near a border of cells it is split between
+    them: each cell alone would have the digit twice, or not at all. So, on each canvas again and again, the surest
+    cell whose probability of any digit, summed over it and the cells that touch it, is above a half gets a digit, and
+    the cells around it are done. The class is the most probable one in that sum.
+
+    empty: the class of empty cells, which is the last; None: every cell holds a digit. apart: the fewest cells from one
+    digit to the next along a row or a column, whichever is more, Layout.apart; with 1, each cell is on its own.
+    """
+    if empty is None:
+        return logits.argmax(-1)
+    digits = logits.float().softmax(-1)[..., :empty]
+    best = around(digits, min(apart, 2)).argmax(-1)
+    labels, left, active = torch.full_like(best, empty), digits.sum(-1), torch.arange(len(best), device=best.device)
+    while len(active):
+        sure = left.where(around(left[..., None], min(apart, 2))[..., 0] > 0.5, 0).flatten(1).max(1)
+        going = sure.values > 0
+        active, left, cell = active[going], left[going], sure.indices[going]
+        labels[active] = labels[active].flatten(1).scatter(1, cell[:, None], best[active].flatten(1).gather(
+            1, cell[:, None])).view_as(left)
+        chosen = torch.zeros_like(left).flatten(1).scatter(1, cell[:, None], 1.0).view_as(left)
+        left = left * (around(chosen[..., None], apart)[..., 0] < 0.5)
+    return labels
+
+
+def around(share, apart):
+    """float (n, gh, gw, k), summed for each cell over the cells less than `apart` from it: the same shape."""
+    side = 2 * apart - 1
+    return F.avg_pool2d(share.movedim(-1, 1), side, 1, apart - 1, divisor_override=1).movedim(1, -1)
+
+
+def read(logits, empty="auto", apart=2):
     """Logits (n, gh, gw, classes) -> for each canvas a list of (digit, row, column, confidence) in reading order, one
-    for each cell whose most probable class is not `empty`.
+    for each digit that `decode` finds. The confidence is the probability of that digit in its cell or one that touches.
 
     empty: the class of empty cells, layout.empty; None: every cell holds a digit. By default None for 10 classes and 10
-    for 11; for other numbers it has to be said (ValueError).
+    for 11; for other numbers it has to be said (ValueError). apart: as for `decode`, layout.apart.
     """
     classes = logits.shape[-1]
     if empty == "auto":
@@ -692,7 +730,10 @@ def read(logits, empty="auto"):
             raise ValueError(f"which of {classes} classes is that of empty cells? Say empty={classes - 1}, "
                              "or empty=None if every cell holds a digit")
         empty = 10 if classes == 11 else None
-    confidence, best = logits.float().softmax(-1).max(-1)                       # (n, gh, gw)
+    best, share = decode(logits, empty, apart), logits.float().softmax(-1)
+    if empty is not None:
+        share = around(share, min(apart, 2)).clamp(max=1)
+    confidence = share.gather(-1, best[..., None])[..., 0]                      # (n, gh, gw)
     found = torch.ones_like(best, dtype=torch.bool) if empty is None else best != empty
     readings = [[] for _ in range(len(logits))]
     cells = zip(found.nonzero().tolist(), best[found].tolist(), confidence[found].tolist())
@@ -711,7 +752,7 @@ class Score(NamedTuple):
 
 
 def score(best, truth, classes):
-    """The Score of the most probable classes of cells against the true ones, both int64 (n, gh, gw). Those below
+    """The Score of the classes read in cells, by `decode`, against the true ones, both int64 (n, gh, gw). Those below
     `classes` are digits."""
     right, digit = (best == truth).flatten(1), (truth < classes).flatten(1)     # (n, cells)
     counts = (mask.sum(1) for mask in (digit, digit & right, ~digit, ~digit & right))

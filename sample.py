@@ -615,7 +615,7 @@ def read_test_set(flags, checkpoint, model):
     data.check_memory(12 * len(canvases) * layout.grid**2 * model.config.num_classes, "what the model reads on them")
     print(f"reading {len(canvases):,} test canvases of {canvases.shape[1]} x {canvases.shape[2]} px{note}", flush=True)
     logits = logits_of(model, canvases)
-    best = logits.argmax(-1)
+    best = torch.cat([data.decode(batch, layout.empty, layout.apart) for batch in logits.split(10_000)])
     order = torch.arange(len(canvases))
     if flags.mistakes:
         loss = F.cross_entropy(logits.flatten(0, 2), truth.flatten(), reduction="none").view(len(truth), -1).sum(1)

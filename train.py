@@ -556,9 +556,10 @@ def capture(trainer):
 
 
 @torch.no_grad()
-def evaluate(model, canvases, labels, classes, device, dtype, rank=0, processes=1):
+def evaluate(model, canvases, labels, classes, device, dtype, rank=0, processes=1, apart=2):
     """Mean loss and accuracies (shares of 1, None where one does not apply) over canvases (n, H, W) and the labels
-    (n, gh, gw) of their cells, where labels below `classes` are digits. Each process takes its share of them."""
+    (n, gh, gw) of their cells, where labels below `classes` are digits. Each process takes its share of them.
+    apart: see `data.decode`."""
     model.eval()
     totals = torch.zeros(6, dtype=torch.float64)
     batch = data.at_once(canvases)
@@ -566,7 +567,8 @@ def evaluate(model, canvases, labels, classes, device, dtype, rank=0, processes=
         label = label.to(device)
         logits = predict(model, canvas.to(device), dtype)
         loss = F.cross_entropy(logits.flatten(0, 2), label.flatten(), reduction="sum")
-        score = data.score(logits.argmax(-1), label, classes)
+        empty = classes if logits.shape[-1] > classes else None
+        score = data.score(data.decode(logits, empty, apart), label, classes)
         totals += torch.tensor([loss.item(), *(count.sum().item() for count in score)])
     if processes > 1:
         totals = reduce(totals.to(device))
@@ -786,9 +788,10 @@ class Log:
         if self.wandb:
             with torch.no_grad():
                 logits = predict(trainer.averaged, canvases.to(trainer.device), trainer.dtype)
+            readings = data.read(logits, trainer.layout.empty, trainer.layout.apart)
             samples = [self.wandb.Image(canvas, caption=", ".join(
                 f"{digit} ({percent(confidence)})" for digit, _, _, confidence in reading) or "nothing")
-                for canvas, reading in zip(canvases.numpy(), data.read(logits, trainer.layout.empty))]
+                for canvas, reading in zip(canvases.numpy(), readings)]
             self.wandb.log({**{f"eval/{name}": value for name, value in figures.items() if isinstance(value, float)},
                             "samples": samples, "weights": self.wandb.Histogram(trainer.weights.tolist()),
                             "gradients": self.wandb.Histogram(trainer.gradients.tolist())}, step=figures["step"])
@@ -1084,7 +1087,7 @@ def run(signals=False, **given):
     def evaluation(model, **when):
         tested = kind + "-val" if settings.val_digits else kind
         return {"event": "eval", "phase": settings.phase, "data": tested, **when,
-                **evaluate(model, *test_set, layout.classes, device, dtype, rank, processes)}
+                **evaluate(model, *test_set, layout.classes, device, dtype, rank, processes, layout.apart)}
 
     if settings.eval_only or checkpoint and checkpoint["step"] >= settings.max_steps:
         figures = evaluation(model.to(device))
