@@ -4,19 +4,21 @@
     python sample.py --phase=3 --mistakes            # only canvases with mistakes, worst first
     python sample.py --phase=3 --canvas_size=128 --max_digits=16      # larger canvases than in training
     python sample.py --phase=3 --attention           # what each digit's cell attended to: out/phase3/attention.png
-    python sample.py --phase=3 --image page.png --digit_height=60     # your own pictures: out/phase3/image.png
+    python sample.py --phase=3 --image page.jpg       # your own pictures, as text and in out/phase3/image.png
     python sample.py --curves --out_dir out/a out/b  # training curves of runs: out/a/curves.png (needs matplotlib)
 """
 import argparse
 import io
 import itertools
 import json
+import math
 import os
 import re
 import struct
 import sys
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 if __name__ == "__main__":      # Ctrl-C while torch is imported
     sys.excepthook = lambda kind, *rest: print("sample.py: stopped", file=sys.stderr) \
@@ -30,7 +32,15 @@ import data
 import train
 
 MOST_PIXELS = 64_000_000    # in a picture file
-LONGEST_SIDE = 1024         # px, of a canvas made from a picture
+WORKING = 8_000_000         # px that a picture is shrunk to when it is read; 12 megapixels keep digits of 30 px legible
+HEIGHT = 20                 # px, of MNIST's digits
+RENDERED = 32               # px of a digit's height when its ink is told from the paper
+FAINT = 25                  # of 255: what is less is no ink, since MNIST's paper is exactly 0
+LOWEST = 0.45               # of digits' height: what is less high is a sign
+MOST_PIECES = 5000          # of ink in a picture
+MOST_ATTENTION = 16         # canvases of a picture whose attention is shown
+UNSURE = 0.0                # a digit of less confidence is written as "?"
+SCALES = (1.0, 0.85, 1.18)  # of the digits' height, as measured in the ink, among which the model chooses
 MOST_PATCHES = 16_384       # on a canvas: attention is quadratic in them, and the mask of a window takes 1 GB
 MOST_ROLLOUT = 4096         # patches on a canvas whose attention is shown: the maps take 2 GB
 TILE = 256                  # px, approximate side of a canvas in a PNG file
@@ -60,7 +70,8 @@ def parse(arguments):
     flag("--attention", action="store_true", help="show what each digit's cell attended to, in attention.png")
     flag("--curves", action="store_true", help="plot metrics.jsonl into curves.png (needs matplotlib)")
     flag("--image", nargs="+", metavar="FILE", help="read these pictures: .npy, .pgm, or any format of Pillow")
-    flag("--digit_height", type=float, help="height of digits anywhere in an --image, px (default: 20)")
+    flag("--digit_height", type=float, help="height of digits anywhere in an --image, px (default: as measured)")
+    flag("--json", action="store_true", help="print what is read in an --image as one JSON object a line")
     flag("--device", default="cpu", help="cuda, mps, xpu, cpu, or auto: the accelerator if there is one (default: cpu)")
     parser.error = lambda message: fail(f"{message} (see --help)", 2)
     return parser.parse_args(arguments)
@@ -109,16 +120,16 @@ def draw(canvas, colour):
     return lines + ["└" + "─" * canvas.shape[1] + "┘"]
 
 
-def describe(findings, known, colour):
-    """Findings of `compare` as lines of text: cell, truth where it is known, digit read, confidence."""
+def describe(findings, colour):
+    """Findings of `compare` as lines of text: cell, truth, digit read, confidence."""
     lines = []
     for row, column, true, digit, confidence in findings:
-        line = f"  row {row} column {column}: " + (f"{'nothing' if true is None else true}, read as " if known else "")
+        line = f"  row {row} column {column}: {'nothing' if true is None else true}, read as "
         line += "nothing" if digit is None else f"{digit} ({100 * confidence:.1f}%)"
         if true != digit:
             line = f"\033[1;31m{line}   <-- wrong\033[0m" if colour else f"{line}   <-- wrong"
         lines.append(line)
-    return lines or ["  nothing there, nothing read" if known else "  nothing"]
+    return lines or ["  nothing there, nothing read"]
 
 
 def found_nearby(truth, best, empty):
@@ -193,12 +204,12 @@ def write_text(picture, top, left, text, colour, scale=2):
         glyph[bits] = colour
 
 
-def draw_frame(picture, top, left, side, colour, dashed):
-    """Draw a square frame, 2 px wide."""
-    line = (np.arange(side) // 4 % 2 == 0) if dashed else np.ones(side, dtype=bool)
-    square = picture[top:top + side, left:left + side]
-    for edge in (square[:, :2], square[:, -2:], square.swapaxes(0, 1)[:, :2], square.swapaxes(0, 1)[:, -2:]):
-        edge[line] = colour
+def draw_frame(picture, top, left, height, width, colour, dashed=False):
+    """Draw a frame, 2 px wide."""
+    box = picture[top:top + height, left:left + width]
+    for side in (box, box.swapaxes(0, 1)):
+        line = np.arange(side.shape[1]) // 4 % 2 == 0 if dashed else np.ones(side.shape[1], dtype=bool)
+        side[:2, line] = side[-2:, line] = colour
 
 
 def tile(canvas, findings, cell, caption, heat=None):
@@ -214,7 +225,7 @@ def tile(canvas, findings, cell, caption, heat=None):
     for row, column, true, digit, _ in findings:
         wrong = true != digit
         colour = RED if wrong else GREEN
-        draw_frame(picture, row * side, column * side, side, colour, dashed=wrong)
+        draw_frame(picture, row * side, column * side, side, side, colour, dashed=wrong)
         outside = side < 64 and not wrong and (column + 1) * side + 16 < picture.shape[1]   # to the right of the frame
         text = "-" if digit is None else str(digit)
         write_text(picture, row * side + 4, column * side + (side + 2 if outside else 4), text, colour)
@@ -229,11 +240,24 @@ def tile(canvas, findings, cell, caption, heat=None):
     return captioned
 
 
-def verdict(findings, known):
+def verdict(findings):
     mistakes = sum(true != digit for _, _, true, digit, _ in findings)
-    if not known:
-        return f"{len(findings)} read"
     return f"{mistakes} wrong" if mistakes else "all right" if findings else "nothing there"
+
+
+def page_tile(page, largest):
+    """The picture of a Page, at most `largest` px a side: each digit in a frame, red where it is unsure, with its reading
+    above it."""
+    height, width = page.picture.shape
+    scale = min(1, largest / max(height, width))
+    grey = resize(page.picture, max(1, round(height * scale)), max(1, round(width * scale)))
+    picture = np.repeat((255 * grey).byte().numpy()[:, :, None], 3, axis=2)
+    for digit in page.record["digits"]:
+        left, top, width, height = (round(scale * side / page.shrunk) for side in digit["box"])
+        colour = GREEN if digit["confidence"] >= UNSURE else RED
+        draw_frame(picture, max(0, top - 3), max(0, left - 3), height + 6, width + 6, colour)
+        write_text(picture, top - 18, left - 3, str(digit["digit"]), colour)
+    return picture
 
 
 def sheet(rows):
@@ -288,15 +312,27 @@ def attention_tiles(model, canvas, findings):
 # ---------------------------------------------------------------------------------------------------------------------
 # Your own pictures
 
-def load_picture(path):
-    """A picture file -> float (H, W), 0 black to 1 white. Raises ValueError if it cannot be read or is too large."""
+def load_picture(path, digit_height=None):
+    """A picture file -> float (H, W), 0 black to 1 white, and px of the file for one of its px. Raises ValueError if it
+    cannot be read or is too large.
+
+    One above WORKING px is shrunk by a whole number, while it is read if the format can, so that 64 megapixels take
+    seconds; but digits of a known height are left as high as MNIST's."""
     read = {".npy": read_npy, ".pgm": read_pgm}.get(path.suffix.lower(), read_with_pillow)
     data.check_regular(path)
+
+    def shrinking(height, width):
+        check_size(height, width)
+        factor = math.ceil(math.sqrt(height * width / WORKING))
+        return min(factor, max(1, int(digit_height / HEIGHT))) if digit_height else factor
+
     try:
-        array = read(path)
+        array, factor, shrunk = read(path, shrinking)
+        bands = range(0, len(array), 64 * factor)
         with np.errstate(over="ignore"):        # what is too large becomes infinite, which to_grey refuses
-            pixels = torch.from_numpy(np.array(array, dtype=np.float32))
-        return to_grey(pixels, array.dtype)
+            pixels = torch.cat([shrink(np.array(array[row:row + 64 * factor], dtype=np.float32), factor)
+                                for row in bands])
+        return to_grey(pixels, array.dtype), shrunk
     except MemoryError:
         raise ValueError(f"{path} cannot be read: it takes more memory than there is") from None
     except OSError as error:
@@ -305,28 +341,36 @@ def load_picture(path):
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from None
 
 
+def shrink(array, factor):
+    """float (H, W) or (H, W, channels), each block of factor x factor px by its mean: a tensor."""
+    pixels = torch.from_numpy(array)
+    if factor == 1:
+        return pixels
+    channels = pixels.view(*pixels.shape[:2], -1).movedim(2, 0)[:, None]
+    return F.avg_pool2d(channels, factor, ceil_mode=True)[:, 0].movedim(0, 2).squeeze(2)
+
+
 def check_size(height, width):
     """Raise ValueError for a picture without pixels or with too many, before it takes memory."""
     if not 0 < height * width <= MOST_PIXELS:
         raise ValueError(f"it has {width:,} x {height:,} px, allowed are 1 to {MOST_PIXELS:,} in all")
 
 
-def read_npy(path):
+def read_npy(path, shrinking):
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(array, np.ndarray) or array.ndim not in (2, 3) or array.dtype.kind not in "buif":
         raise ValueError("expected numbers (H, W), (H, W, 3) or (H, W, 4)")
-    check_size(*array.shape[:2])
-    return array
+    return array, *2 * (shrinking(*array.shape[:2]),)
 
 
-def read_pgm(path):
+def read_pgm(path, shrinking):
     """A PGM file, binary (P5) or text (P2; https://netpbm.sourceforge.net/doc/pgm.html) -> float64 (H, W), 0 to 1."""
     with open(path, "rb") as file:
         header = re.match(rb"P([25])" + 3 * rb"(?:\s|#[^\n]*\n)+(\d{1,9})" + rb"\s", file.read(65536))
         if not header:
             raise ValueError("it does not begin like a PGM file, P5 or P2")
         width, height, white = (int(n) for n in header.groups()[1:])
-        check_size(height, width)
+        factor = shrinking(height, width)
         file.seek(header.end())
         if header[1] == b"5":
             dtype = np.dtype(">u2" if white > 255 else "u1")
@@ -334,29 +378,37 @@ def read_pgm(path):
         else:
             text = file.read(8 * height * width + 65536)
             values = np.array(text.split()[:height * width], dtype=np.int64)
-    return values.reshape(height, width) / max(white, 1)
+    return values.reshape(height, width) / max(white, 1), factor, factor
 
 
-def read_with_pillow(path):
+def read_with_pillow(path, shrinking):
     try:
         from PIL import Image, ImageOps
     except ImportError:
         raise ValueError("only .npy and .pgm are read without Pillow: pip install pillow") from None
     Image.MAX_IMAGE_PIXELS = None                                           # check_size sets the limit instead
     with Image.open(path) as image:
-        check_size(image.height, image.width)
+        factor, size = shrinking(image.height, image.width), image.size
+        image.draft(image.mode, [side // factor for side in size])          # a JPEG can be read at half its size
+        factor = max(1, round(factor * image.width / size[0]))
         image = ImageOps.exif_transpose(image)
-        return np.asarray(image if image.mode[0] in "IF" else image.convert("RGBA"))
+        if image.mode[0] in "IF":
+            return np.asarray(image), factor, factor
+        if image.mode not in ("L", "RGB", "RGBA"):
+            image = image.convert("RGBA")
+        image = image.reduce(factor).convert("RGBA")
+        return np.asarray(image), 1, math.sqrt(size[0] * size[1] / (image.width * image.height))
 
 
 def to_grey(pixels, dtype):
     """float (H, W) or (H, W, channels), read from a NumPy dtype -> (H, W) from 0 to 1.
 
-    Colours become luma (ITU-R BT.601). A transparent background becomes white, or black where the drawing is light."""
+    Colours become luma (ITU-R BT.601). What is transparent is paper: like the median of the opaque pixels where these
+    are most of the picture, else white, or black where the drawing is light."""
     if not pixels.isfinite().all():
         raise ValueError("some of its values are not finite")
     if dtype in (np.uint8, np.uint16):                                      # 1, 8, 12 or 16 bits in use
-        largest = int(pixels.max())
+        largest = math.ceil(pixels.max())
         pixels = pixels / (255 if dtype == np.uint8 and largest > 1 else max(2 ** largest.bit_length() - 1, 1))
     elif pixels.max() > 1 or pixels.min() < 0:                              # an unknown range: stretch it to 0 to 1
         pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp(min=1e-9)
@@ -367,32 +419,48 @@ def to_grey(pixels, dtype):
     if pixels.shape[2] == 1:
         return pixels[:, :, 0]
     luma = pixels[:, :, :3] @ torch.tensor([0.299, 0.587, 0.114])
-    if pixels.shape[2] == 3:
+    if pixels.shape[2] == 3 or pixels[:, :, 3].min() == 1:
         return luma
     alpha = pixels[:, :, 3]
-    background = 0.0 if alpha.min() < 1 and (luma * alpha).sum() > 0.5 * alpha.sum() else 1.0
-    return luma * alpha + background * (1 - alpha)
+    opaque = luma[alpha > 0.5]
+    if 2 * len(opaque) > alpha.numel():
+        paper = opaque.median()
+    else:
+        paper = ((luma * alpha).sum() <= 0.5 * alpha.sum()).float()
+    return luma * alpha + paper * (1 - alpha)
 
 
 def resize(picture, height, width):
     return F.interpolate(picture[None, None], (height, width), mode="bilinear", antialias=True)[0, 0].clamp(0, 1)
 
 
-def ink_of(picture):
-    """float (H, W) -> ink from 0 to 1, whether the ink is dark or light, in light that changes gradually."""
-    middle = picture.median()
-    if (picture - middle).clamp(min=0).square().sum() < (middle - picture).clamp(min=0).square().sum():
-        picture = 1 - picture                                               # dark ink becomes light
-    # Paper at each place: the 0.2 quantile of the means of 7 x 7 blocks of 8 px around it
-    coarse = resize(picture, *(-(-side // 8) for side in picture.shape))
-    paper = F.unfold(F.pad(coarse[None, None], [3] * 4, mode="replicate"), 7).quantile(0.2, dim=1).view_as(coarse)
+def ink_of(picture, height):
+    """float (H, W) -> ink from 0 to 1, whether the ink is dark or light, in light that changes gradually.
+
+    height: of digits, px, roughly. Paper and ink are told apart within about three of it."""
+    block = max(1, round(0.4 * height))
+    coarse = resize(picture, *(-(-side // block) for side in picture.shape))
+    nearby = F.unfold(F.pad(coarse[None, None], [3] * 4, mode="replicate"), 7)[0]           # (7 * 7, blocks)
+    off = picture - resize(nearby.median(0).values.view_as(coarse), *picture.shape)
+    noise = max(neighbour_noise(picture), 1e-4)
+    off = off * (off.abs() > 3 * noise)
+    dark = off.clamp(max=0).square().sum() > off.clamp(min=0).square().sum()
+    if dark:
+        picture, nearby = 1 - picture, 1 - nearby
+    paper = nearby.quantile(0.2, dim=0).view_as(coarse)
     difference = picture - resize(paper, *picture.shape)
-    noise = 1.4826 * difference.abs().median()                              # the standard deviation, if it is Gaussian
     full = difference.flatten().topk(min(20, difference.numel())).values.mean()     # of fully inked pixels
-    if full < max(0.1, 5 * noise):                                          # nothing but paper
+    if full < max(0.06, 5 * noise):                                         # nothing but paper
         return torch.zeros_like(picture)
     threshold = min(4 * noise / full, 0.5)
     return ((difference / full - threshold) / (1 - threshold)).clamp(0, 1)
+
+
+def neighbour_noise(picture):
+    """The standard deviation of a picture's noise, from the differences of pixels side by side: uneven light and ink
+    hardly change it."""
+    difference = (picture[:, 1:] - picture[:, :-1]).abs()
+    return 1.4826 * difference.median().item() / 2**0.5 if difference.numel() else 0.0
 
 
 def pieces(mask):
@@ -450,14 +518,17 @@ def with_margins(picture):
 
 
 def as_mnist(picture):
-    """A picture of one digit, float (H, W) -> uint8 (28, 28) as in MNIST: ink fitted to 20 x 20 px, centred by mass.
-    Raises ValueError if there is no ink."""
-    scale = min(1, 200 / max(picture.shape))
+    """A picture of one digit, float (H, W) -> uint8 (28, 28) as in MNIST: ink fitted to 20 x 20 px, centred by mass; and
+    its box (top, left, bottom, right), px. Raises ValueError if there is no ink."""
+    scale, whole = min(1, 200 / max(picture.shape)), picture.shape
     picture = resize(picture, *(max(1, round(side * scale)) for side in picture.shape))
-    ink = without_specks(ink_of(with_margins(picture)))                     # a close crop shows too little paper
+    ink = without_specks(ink_of(with_margins(picture), HEIGHT))             # a close crop shows too little paper
     rows, columns = (ink > 0.3).any(1).nonzero(), (ink > 0.3).any(0).nonzero()
     if not len(rows):
         raise ValueError("no ink was found where a digit should be")
+    margins = [side // 2 for side in picture.shape]
+    box = [min(max((line.item() - margin) / scale, 0), side) for line, margin, side in zip(
+        (rows[0], columns[0], rows[-1] + 1, columns[-1] + 1), 2 * margins, 2 * whole)]
     ink = ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
     height, width = (max(1, round(20 * side / max(ink.shape))) for side in ink.shape)
     ink = resize(ink, height, width)
@@ -467,28 +538,233 @@ def as_mnist(picture):
     top, left = max(0, min(top, data.FRAME - height)), max(0, min(left, data.FRAME - width))
     frame = torch.zeros(data.FRAME, data.FRAME)
     frame[top:top + height, left:left + width] = ink
-    return (255 * frame).round().byte()
+    return (255 * frame).round().byte(), box
 
 
-def as_canvas(picture, phase, size, digit_height):
-    """A picture, float (H, W) -> a uint8 canvas of a phase. Raises ValueError if it is too small or too large.
+def boxes(label):
+    """Pieces as `pieces` numbers them -> their ink boxes (top, left, bottom, right), px, ends excluded: int64 (n, 4),
+    and their numbers: int64 (n,)."""
+    row, column = label.nonzero().unbind(1)
+    numbers, index = label[row, column].unique(return_inverse=True)
+    ends = torch.zeros(4, len(numbers), dtype=torch.int64)
+    for end, values, how in zip(ends, (row, column, row + 1, column + 1), ("amin", "amin", "amax", "amax")):
+        end.scatter_reduce_(0, index, values, how, include_self=False)
+    return ends.T, numbers
 
-    Where every cell holds a digit, the picture is cut into the grid of a canvas of `size` px. Elsewhere it is scaled by
-    its `digit_height` (px; None: 20) to MNIST's 20 px, and padded with paper to whole cells."""
-    cell = data.PHASES[phase].cell
-    if not data.has_empty_cells(phase):
-        grid = size // cell
-        if min(picture.shape) < grid:
-            raise ValueError(f"it is too small for a grid of {grid} x {grid} digits")
-        return torch.cat([torch.cat([as_mnist(part) for part in band.tensor_split(grid, dim=1)], dim=1)
-                          for band in picture.tensor_split(grid)])
-    scale = 20 / (digit_height or 20)
-    height, width = (max(1, round(side * scale)) for side in picture.shape)
-    if max(height, width) > LONGEST_SIDE:
-        raise ValueError(f"it makes a canvas of {width} x {height} px, at most {LONGEST_SIDE} will do: give the height "
-                         "of its digits as --digit_height, or cut it")
-    ink = ink_of(resize(picture, height, width))
-    return (255 * F.pad(ink, (0, -width % cell, 0, -height % cell))).round().byte()
+
+def runs(mask, length):
+    """Where a bool (H, W) mask is set in at least `length` px side by side in a row: bool (H, W)."""
+    edges = np.diff(np.pad(mask.numpy().astype(np.int8), ((0, 0), (1, 1))), axis=1)
+    row, begin = np.nonzero(edges == 1)
+    _, end = np.nonzero(edges == -1)
+    short = end - begin < length
+    edges[row[short], begin[short]] = edges[row[short], end[short]] = 0
+    return torch.from_numpy(edges[:, :-1].cumsum(1, dtype=np.int8) > 0)
+
+
+def without_rules(ink, length):
+    """Ink, float (H, W), without straight lines along rows or columns of `length` px or more: rules, squares, frames.
+
+    A line may slope by a px here and there. A stroke that crosses it stays: there, the ink is higher than a line is."""
+    rules = torch.zeros_like(ink, dtype=torch.bool)
+    for turned, out in ((ink, rules), (ink.T, rules.T)):
+        mask = turned > 0.2
+        thick = mask.clone()
+        thick[1:] |= mask[:-1]
+        thick[:-1] |= mask[1:]
+        out |= runs(thick, length) & (turned > 0) & ~runs(mask.T, max(3, length // 9)).T
+    return ink * ~rules
+
+
+class Piece(NamedTuple):
+    """A connected piece of ink."""
+    top: int                # px, of its box
+    left: int
+    ink: torch.Tensor       # float (height, width)
+
+
+def strokes(ink):
+    """The pieces of ink, float (H, W), that may be digits: `pieces`, their `boxes` and numbers. Frames are left out, and
+    in a noisy picture all but the MOST_PIECES with the most ink. A piece is a frame if the pieces within its box have
+    a sixth of its ink or more."""
+    label = pieces(ink > 0.3)
+    box, number = boxes(label)
+    mass = torch.bincount(label.flatten(), ink.flatten())[number]
+    most = mass.argsort(descending=True)[:MOST_PIECES].sort().values
+    box, number, mass = box[most], number[most], mass[most]
+    tallest = (box[:, 2] - box[:, 0]).argsort(descending=True)[:500]
+    sign = torch.tensor([1, 1, -1, -1])
+    within = (sign * box[tallest, None] < sign * box).all(2)                # (tallest, pieces)
+    keep = torch.ones(len(box), dtype=torch.bool)
+    keep[tallest] = within.to(mass.dtype) @ mass < mass[tallest] / 6
+    return label, box[keep], number[keep]
+
+
+def height_of(picture):
+    """The height of the digits in a picture, float (H, W), px: the median of its pieces' that are at least 0.45 of the
+    tallest. None where there is no ink."""
+    side = max(picture.shape)
+    _, box, _ = strokes(without_rules(ink_of(picture, side / 8), round(0.6 * side)))
+    if not len(box):
+        return None
+    tall = box[:, 2] - box[:, 0]
+    return tall[tall >= LOWEST * tall.max()].float().median().item()
+
+
+def pieces_of(ink, height):
+    """The Pieces of ink that may be digits of a height, px, or several that touch. A lower one belongs to the piece
+    next to it, as the bar of a 5 may, or is a sign or a speck."""
+    label, box, number = strokes(ink)
+    tall, wide = (box[:, 2:] - box[:, :2]).unbind(1)
+    fits = (tall >= LOWEST * height) & (tall <= 3 * height) & (wide <= 12 * height)
+    reach = torch.tensor([-1, -1, 1, 1]) * max(1, round(0.1 * height))
+    found = []
+    for (top, left, bottom, right), own in zip(box[fits].tolist(), number[fits]):
+        near = ~fits & (box[:, 0] < bottom + reach[3]) & (box[:, 2] > top - reach[3]) & (
+            box[:, 1] < right + reach[3]) & (box[:, 3] > left - reach[3]) & (tall <= LOWEST * height) & (wide <= height)
+        group = box[near].tolist() + [(top, left, bottom, right)]
+        top, left, bottom, right = (how(ends) for how, ends in zip((min, min, max, max), zip(*group)))
+        mine = torch.isin(label[top:bottom, left:right], torch.cat((number[near], own[None])))
+        found.append(Piece(top, left, ink[top:bottom, left:right] * mine))
+    return found
+
+
+def canvas_of(piece, height, cell, size, scale):
+    """A Piece on a uint8 canvas of its own, of the size px at least, as in MNIST: its longer side becomes HEIGHT px, or
+    its height where it may be several digits, times `scale`; but it is not taken for a digit far from the page's
+    height. Its box is centred in a cell. Returns the canvas, px of it per px of the ink, and where the piece's corner is, px."""
+    tall, wide = piece.ink.shape
+    own = tall if wide > 1.3 * tall else max(tall, wide)
+    scale *= HEIGHT / min(max(own, 0.5 * height), 1.7 * height)
+    shape = [max(1, round(side * scale)) for side in piece.ink.shape]
+    sides = [max(size, cell * ((side + 2 * cell - 1) // cell | 1)) for side in shape]
+    corner = [(whole - side) // 2 for whole, side in zip(sides, shape)]
+    canvas = torch.zeros(sides)
+    canvas[corner[0]:corner[0] + shape[0], corner[1]:corner[1] + shape[1]] = 255 * resize(piece.ink, *shape)
+    canvas[canvas <= FAINT] = 0
+    return canvas.round().byte(), scale, corner
+
+
+def read_pieces(model, found, height, scale):
+    """What a model reads in Pieces whose digits have a height, px: for each piece its canvas, logits, and a list of
+    (digit, confidence, box), the box as (top, left, bottom, right) in px of the ink."""
+    cell, empty = model.config.cell, model.config.num_classes - 1
+    framed = [canvas_of(piece, height, cell, 5 * cell, scale) for piece in found]
+    by_shape, results = {}, [None] * len(found)
+    for index, (canvas, _, _) in enumerate(framed):
+        by_shape.setdefault(canvas.shape, []).append(index)
+    for indices in by_shape.values():
+        logits = logits_of(model, torch.stack([framed[index][0] for index in indices]))
+        for index, own, reading in zip(indices, logits, data.read(logits, empty)):
+            canvas, scale, corner = framed[index]
+            digits = [(digit, share, box_of(found[index], (row, column), len(reading), cell, scale, corner))
+                      for digit, row, column, share in reading]
+            results[index] = canvas, own, digits
+    return results
+
+
+def box_of(piece, place, count, cell, scale, corner):
+    """The box of a digit read in a cell, `place`, of a Piece's canvas: the piece's, unless it holds several digits."""
+    box = [piece.top, piece.left, piece.top + piece.ink.shape[0], piece.left + piece.ink.shape[1]]
+    if count > 1:
+        y, x = ((cell * (index + 0.5) - start) / scale for index, start in zip(place, corner))
+        half = HEIGHT / 2 / scale
+        box = [max(box[0], piece.top + y - half), max(box[1], piece.left + x - half),
+               min(box[2], piece.top + y + half), min(box[3], piece.left + x + half)]
+    return box
+
+
+class Page(NamedTuple):
+    """A picture that was read."""
+    record: dict            # see `read_picture`
+    picture: torch.Tensor   # float (H, W)
+    shrunk: float           # px of the file for one of the picture
+    canvases: list          # (canvas, logits) that the model read
+    note: str               # why nothing is read
+
+
+def find_digits(model, picture, height=None):
+    """A picture, float (H, W) -> the height of its digits, px, a list of (digit, confidence, (top, left, bottom,
+    right)), the canvases with the model's logits, and why nothing was found. The scale among SCALES at which the model
+    is surest counts."""
+    height = height or height_of(picture)
+    if height is None:
+        return None, [], [], "there is no ink in it"
+    fine = min(RENDERED / height, math.sqrt(2 * WORKING / picture.numel()))      # px of ink for one of the picture
+    ink = ink_of(resize(picture, *(max(1, round(side * fine)) for side in picture.shape)), fine * height)
+    found = pieces_of(without_rules(ink, round(2.25 * fine * height)), fine * height)
+    if not found:
+        return height, [], [], f"no ink in it is as high as digits of {height:.0f} px"
+
+    def sure(results):
+        shares = [share for _, _, digits in results for _, share, _ in digits]
+        return sum(shares) / max(1, len(shares))
+
+    results = max((read_pieces(model, found, fine * height, scale) for scale in SCALES), key=sure)
+    digits = [(digit, share, [end / fine for end in box]) for _, _, own in results for digit, share, box in own]
+    note = "" if digits else "its ink looks like signs, not like digits"
+    return height, digits, [(canvas, logits) for canvas, logits, own in results if own], note
+
+
+def digits_in_grid(model, picture):
+    """As `find_digits`, for a model that reads a digit in every cell."""
+    grid = model.config.image_size // model.config.cell
+    if min(picture.shape) < grid:
+        raise ValueError(f"it is too small for a grid of {grid} x {grid} digits")
+    bands = [band.tensor_split(grid, dim=1) for band in picture.tensor_split(grid)]
+    cells = [[as_mnist(part) for part in parts] for parts in bands]
+    canvas = torch.cat([torch.cat([frame for frame, _ in line], dim=1) for line in cells])
+    logits, digits = logits_of(model, canvas[None])[0], []
+    for digit, row, column, share in data.read(logits[None], None)[0]:
+        top, left = sum(len(parts[0]) for parts in bands[:row]), sum(part.shape[1] for part in bands[row][:column])
+        digits.append((digit, share, [end + start for end, start in zip(cells[row][column][1], 2 * (top, left))]))
+    height = sum(bottom - top for _, _, (top, _, bottom, _) in digits) / len(digits)
+    return height, digits, [(canvas, logits)], ""
+
+
+def read_page(model, path, digit_height=None):
+    """The Page in a picture file. ValueError if it cannot be read."""
+    picture, shrunk = load_picture(Path(path), digit_height)
+    find = digits_in_grid if model.config.cell == data.FRAME else find_digits
+    given = (digit_height / shrunk,) if digit_height and find is find_digits else ()
+    height, found, canvases, note = find(model, picture, *given)
+    digits = [{"digit": digit, "confidence": round(share, 4), "box": [round(shrunk * side) for side in
+               (left, top, right - left, bottom - top)]} for digit, share, (top, left, bottom, right) in found]
+    lines = lines_of(digits, shrunk * height) if digits else []
+    record = {"file": str(path), "text": "\n".join(text_of(line, shrunk * height) for line in lines),
+              "digit_height": height and round(shrunk * height, 1), "digits": sum(lines, [])}
+    return Page(record, picture, shrunk, canvases, note)
+
+
+def read_picture(model, path, digit_height=None):
+    """What a model reads in a picture file: {"file", "text", "digit_height", "digits": [{"digit", "confidence",
+    "box": [left, top, width, height]}]}, px of the picture, digits in reading order. `text` has a line for each line of
+    the page, "?" for what is unsure. digit_height: px, where it is known. ValueError for a file that cannot be read."""
+    return read_page(model, path, digit_height).record
+
+
+def lines_of(digits, height):
+    """Digits {"box": [left, top, width, height], ...} -> lists of them, one for each line of the page, as written. Each
+    joins the line whose last digit is nearest in height, so a line may slope."""
+    def middle(digit):
+        return digit["box"][1] + digit["box"][3] / 2
+
+    lines = []
+    for digit in sorted(digits, key=lambda digit: digit["box"][0] + digit["box"][2] / 2):
+        near = [line for line in lines if abs(middle(line[-1]) - middle(digit)) <= 0.65 * height]
+        if near:
+            min(near, key=lambda line: abs(middle(line[-1]) - middle(digit))).append(digit)
+        else:
+            lines.append([digit])
+    return sorted(lines, key=lambda line: sum(map(middle, line)) / len(line))
+
+
+def text_of(line, height):
+    """A line of digits as text: unsure ones as "?", a blank where a gap is far wider than most."""
+    gaps = [after["box"][0] - before["box"][0] - before["box"][2] for before, after in zip(line, line[1:])]
+    wide = max(0.6 * height, 2 * sorted(gaps)[len(gaps) // 2]) if gaps else 0
+    text = ["?" if digit["confidence"] < UNSURE else str(digit["digit"]) for digit in line]
+    return text[0] + "".join(" " * (gap > wide) + letter for gap, letter in zip(gaps, text[1:]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -572,6 +848,8 @@ def run(flags):
         raise ValueError(f"--test_canvases must be from 1 to 1000000, not {flags.test_canvases}")
     if flags.digit_height is not None and not 1 <= flags.digit_height <= 10_000:
         raise ValueError(f"--digit_height must be from 1 to 10000 px, not {flags.digit_height}")
+    if flags.json and not flags.image:
+        raise ValueError("--json is for pictures: name them as --image")
     folder = Path(folders[0])
     checkpoint, model = train.load_checkpoint(folder / "ckpt.pt")
     if flags.phase not in (None, checkpoint["phase"]):
@@ -580,31 +858,74 @@ def run(flags):
     empty = checkpoint["canvas"]["classes"] if data.has_empty_cells(checkpoint["phase"]) else None
     if not flags.image:
         return present(flags, folder, model, empty, *read_test_set(flags, checkpoint, model))
-    examples = read_pictures(flags, checkpoint, model)
-    if examples:
-        present(flags, folder, model, empty, examples, [])
-    if len(examples) < len(flags.image):
-        raise SystemExit(1)                 # read_pictures has said why
+    read_pictures(flags, folder, model)
 
 
-def read_pictures(flags, checkpoint, model):
-    """Examples (name, canvas, None, logits) of the pictures in --image. For one that cannot be read it says why."""
-    examples, size = [], model.config.image_size
+def read_pictures(flags, folder, model):
+    """Read the pictures in --image, print what they say, and save image.png. What cannot be read is told at the end of
+    the others by the exit code."""
+    tiles, attention = [], []
     for file in flags.image:
         try:
-            canvas = as_canvas(load_picture(Path(file)), checkpoint["phase"], size, flags.digit_height)
-            examples.append((Path(file).name, canvas, None, logits_of(model, canvas[None])[0]))
+            page = read_page(model, file, flags.digit_height)
         except ValueError as error:
             print(f"sample.py: {error if file in str(error) else f'{file}: {error}'}", file=sys.stderr)
             continue
-        if not flags.digit_height and max(canvas.shape) > 2 * size:
-            print(f"{file}: its digits are taken to be 20 px high; if they are not, say so with --digit_height",
-                  file=sys.stderr)
-    return examples
+        tiles.append(page_tile(page, max(300, 1200 // min(4, len(flags.image)))))
+        if flags.json:
+            print(json.dumps(page.record), flush=True)
+            continue
+        print("", *page_report(page, sys.stdout.isatty() and "NO_COLOR" not in os.environ), sep="\n", flush=True)
+        if flags.attention:
+            attention += attention_rows(model, page.canvases[:MOST_ATTENTION])
+    if tiles and not flags.json:
+        save_png(folder / "image.png", tiles[0] if len(tiles) == 1 else sheet(in_rows(tiles)))
+        save_attention(flags, folder, attention)
+    if len(tiles) < len(flags.image):
+        raise SystemExit(1)
+
+
+def page_report(page, colour):
+    """What a Page says, how sure that is, and the canvas where there is one that fits a terminal: lines of text."""
+    record, lines = page.record, [page.record["file"]]
+    if len(page.canvases) == 1 and page.canvases[0][0].shape[1] <= 78:
+        lines += draw(page.canvases[0][0], colour)
+    if not record["digits"]:
+        return [*lines, f"  nothing: {page.note}"]
+    shares = [digit["confidence"] for digit in record["digits"]]
+    unsure = [f"{digit['digit']} ({100 * digit['confidence']:.0f}%)" for digit in record["digits"]
+              if digit["confidence"] < UNSURE]
+    summary = f"{len(shares)} digit{'s' * (len(shares) > 1)} of about {record['digit_height']:.0f} px, "
+    summary += f"{100 * sum(shares) / len(shares):.1f}% sure" + " on average" * (len(shares) > 1)
+    if unsure:
+        summary += f"; each ? is one below {100 * UNSURE:.0f}%: " + ", ".join(unsure)
+    return [*lines, *(f"  {line}" for line in record["text"].split("\n")), f"  ({summary})"]
+
+
+def attention_rows(model, canvases):
+    """Rows of tiles for canvases with their logits: each canvas, and where each digit read on it looked."""
+    empty, rows = None if model.config.cell == data.FRAME else model.config.num_classes - 1, []
+    for canvas, logits in canvases:
+        findings = compare(data.read(logits[None], empty)[0], None, empty)
+        if details := attention_tiles(model, canvas, findings):
+            rows.append([tile(canvas, findings, model.config.cell, "read"), *details])
+    return rows
+
+
+def in_rows(tiles):
+    return [tiles[i:i + 4] for i in range(0, len(tiles), 4)]
+
+
+def save_attention(flags, folder, attention):
+    if attention:
+        save_png(folder / "attention.png", sheet(attention))
+    elif flags.attention:
+        print("no attention.png: no digit was read")
 
 
 def read_test_set(flags, checkpoint, model):
-    """Read the test set. Returns examples (name, canvas, truth, logits) of the canvases to show, and the figures."""
+    """Read the test set. Returns the fewest cells between its digits, examples (name, canvas, truth, logits) of the
+    canvases to show, and the figures."""
     kind = checkpoint["data"]
     given = {"size": flags.canvas_size, "max_digits": flags.max_digits, "min_distance": flags.min_distance}
     options = checkpoint["canvas"] | {name: value for name, value in given.items() if value is not None}
@@ -625,31 +946,25 @@ def read_test_set(flags, checkpoint, model):
         raise ValueError(f"--start={flags.start}, but there are {len(order)} such canvases")
     examples = [(f"test canvas {i}{note}", canvases[i], truth[i], logits[i])
                 for i in order[flags.start:flags.start + (flags.count or 16)].tolist()]
-    return examples, figures(truth, best, layout.classes, note)
+    return layout.apart, examples, figures(truth, best, layout.classes, note)
 
 
-def present(flags, folder, model, empty, examples, report):
-    """Print examples (name, canvas, truth or None, logits) and the lines of a report, and save the PNG files."""
+def present(flags, folder, model, empty, apart, examples, report):
+    """Print examples (name, canvas, truth, logits) and the lines of a report, and save the PNG files."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     tiles, attention = [], []
     for number, (name, canvas, truth, logits) in enumerate(examples):
-        known = truth is not None
-        findings = compare(data.read(logits[None], empty)[0], truth, empty)
-        tiles.append(tile(canvas, findings, model.config.cell, f"{name}: {verdict(findings, known)}"))
-        if flags.image or number < (flags.count or 4):
-            print(f"\n{name}", *draw(canvas, colour), *describe(findings, known, colour), sep="\n")
+        findings = compare(data.read(logits[None], empty, apart)[0], truth, empty)
+        tiles.append(tile(canvas, findings, model.config.cell, f"{name}: {verdict(findings)}"))
+        if number < (flags.count or 4):
+            print(f"\n{name}", *draw(canvas, colour), *describe(findings, colour), sep="\n")
             if flags.attention and (details := attention_tiles(model, canvas, findings)):
                 attention.append([tiles[-1], *details])
-    if report:
-        print(*report, "", sep="\n")
+    print(*report, "", sep="\n")
     if not examples:
         return print("no sample.png: nothing is read wrong")
-    rows = [tiles[i:i + 4] for i in range(0, len(tiles), 4)]
-    save_png(folder / ("image.png" if flags.image else "sample.png"), sheet(rows))
-    if attention:
-        save_png(folder / "attention.png", sheet(attention))
-    elif flags.attention:
-        print("no attention.png: no digit was read")
+    save_png(folder / "sample.png", sheet(in_rows(tiles)))
+    save_attention(flags, folder, attention)
 
 
 if __name__ == "__main__":
