@@ -39,7 +39,7 @@ FAINT = 25                  # of 255: what is less is no ink, since MNIST's pape
 LOWEST = 0.45               # of digits' height: what is less high is a sign
 MOST_PIECES = 5000          # of ink in a picture
 MOST_ATTENTION = 16         # canvases of a picture whose attention is shown
-UNSURE = 0.0                # a digit of less confidence is written as "?"
+UNSURE = 0.6                # a digit of less confidence is written as "?"
 SCALES = (1.0, 0.85, 1.18)  # of the digits' height, as measured in the ink, among which the model chooses
 MOST_PATCHES = 16_384       # on a canvas: attention is quadratic in them, and the mask of a window takes 1 GB
 MOST_ROLLOUT = 4096         # patches on a canvas whose attention is shown: the maps take 2 GB
@@ -246,8 +246,8 @@ def verdict(findings):
 
 
 def page_tile(page, largest):
-    """The picture of a Page, at most `largest` px a side: each digit in a frame, red where it is unsure, with its reading
-    above it."""
+    """The picture of a Page, at most `largest` px a side: each digit in a frame, red where it is unsure, with its
+    reading."""
     height, width = page.picture.shape
     scale = min(1, largest / max(height, width))
     grey = resize(page.picture, max(1, round(height * scale)), max(1, round(width * scale)))
@@ -438,7 +438,7 @@ def ink_of(picture, height):
     """float (H, W) -> ink from 0 to 1, whether the ink is dark or light, in light that changes gradually.
 
     height: of digits, px, roughly. Paper and ink are told apart within about three of it."""
-    block = max(1, round(0.4 * height))
+    block, fine = max(1, round(0.4 * height)), max(1, round(height / 16))
     coarse = resize(picture, *(-(-side // block) for side in picture.shape))
     nearby = F.unfold(F.pad(coarse[None, None], [3] * 4, mode="replicate"), 7)[0]           # (7 * 7, blocks)
     off = picture - resize(nearby.median(0).values.view_as(coarse), *picture.shape)
@@ -449,11 +449,15 @@ def ink_of(picture, height):
         picture, nearby = 1 - picture, 1 - nearby
     paper = nearby.quantile(0.2, dim=0).view_as(coarse)
     difference = picture - resize(paper, *picture.shape)
-    full = difference.flatten().topk(min(20, difference.numel())).values.mean()     # of fully inked pixels
+    full = difference.flatten().topk(min(20, difference.numel())).values.mean().item()      # of fully inked pixels
     if full < max(0.06, 5 * noise):                                         # nothing but paper
         return torch.zeros_like(picture)
-    threshold = min(4 * noise / full, 0.5)
-    return ((difference / full - threshold) / (1 - threshold)).clamp(0, 1)
+    # Ink that is fainter than elsewhere on the page is brought to the same strength, up to twice
+    strongest = F.avg_pool2d(difference[None, None], fine, ceil_mode=True)
+    strongest = F.max_pool2d(strongest, 2 * block // fine, ceil_mode=True)
+    strongest = resize(F.max_pool2d(strongest, 5, 1, 2)[0, 0].clamp(0, 1), *picture.shape).clamp(min=full / 2)
+    threshold = (4 * noise / strongest).clamp(max=0.5)
+    return ((difference / strongest - threshold) / (1 - threshold)).clamp(0, 1)
 
 
 def neighbour_noise(picture):
@@ -518,8 +522,8 @@ def with_margins(picture):
 
 
 def as_mnist(picture):
-    """A picture of one digit, float (H, W) -> uint8 (28, 28) as in MNIST: ink fitted to 20 x 20 px, centred by mass; and
-    its box (top, left, bottom, right), px. Raises ValueError if there is no ink."""
+    """A picture of one digit, float (H, W) -> uint8 (28, 28) as in MNIST: ink fitted to 20 x 20 px, centred by mass.
+    And its box (top, left, bottom, right), px. Raises ValueError if there is no ink."""
     scale, whole = min(1, 200 / max(picture.shape)), picture.shape
     picture = resize(picture, *(max(1, round(side * scale)) for side in picture.shape))
     ink = without_specks(ink_of(with_margins(picture), HEIGHT))             # a close crop shows too little paper
@@ -584,9 +588,9 @@ class Piece(NamedTuple):
 
 
 def strokes(ink):
-    """The pieces of ink, float (H, W), that may be digits: `pieces`, their `boxes` and numbers. Frames are left out, and
-    in a noisy picture all but the MOST_PIECES with the most ink. A piece is a frame if the pieces within its box have
-    a sixth of its ink or more."""
+    """The pieces of ink, float (H, W), that may be digits: `pieces`, their `boxes` and numbers. Left out are frames, and
+    in a noisy picture all but the MOST_PIECES with the most ink. A piece is a frame if the pieces within its box have a
+    sixth of its ink or more."""
     label = pieces(ink > 0.3)
     box, number = boxes(label)
     mass = torch.bincount(label.flatten(), ink.flatten())[number]
@@ -632,7 +636,7 @@ def pieces_of(ink, height):
 def canvas_of(piece, height, cell, size, scale):
     """A Piece on a uint8 canvas of its own, of the size px at least, as in MNIST: its longer side becomes HEIGHT px, or
     its height where it may be several digits, times `scale`; but it is not taken for a digit far from the page's
-    height. Its box is centred in a cell. Returns the canvas, px of it per px of the ink, and where the piece's corner is, px."""
+    height. Its box is centred in a cell. Returns the canvas, px of it per px of the ink, and the piece's corner, px."""
     tall, wide = piece.ink.shape
     own = tall if wide > 1.3 * tall else max(tall, wide)
     scale *= HEIGHT / min(max(own, 0.5 * height), 1.7 * height)
