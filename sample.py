@@ -317,14 +317,14 @@ def load_picture(path, digit_height=None):
     cannot be read or is too large.
 
     One above WORKING px is shrunk by a whole number, while it is read if the format can, so that 64 megapixels take
-    seconds; but digits of a known height are left as high as MNIST's."""
+    seconds; half as far if digits of a known height would become lower than MNIST's."""
     read = {".npy": read_npy, ".pgm": read_pgm}.get(path.suffix.lower(), read_with_pillow)
     data.check_regular(path)
 
     def shrinking(height, width):
         check_size(height, width)
-        factor = math.ceil(math.sqrt(height * width / WORKING))
-        return min(factor, max(1, int(digit_height / HEIGHT))) if digit_height else factor
+        least, most = (math.ceil(math.sqrt(height * width / px)) for px in (2 * WORKING, WORKING))
+        return min(most, max(least, int(digit_height / HEIGHT))) if digit_height else most
 
     try:
         array, factor, shrunk = read(path, shrinking)
@@ -567,9 +567,12 @@ def runs(mask, length):
 
 
 def without_rules(ink, length):
-    """Ink, float (H, W), without straight lines along rows or columns of `length` px or more: rules, squares, frames.
+    """Ink, float (H, W), without frames, as `strokes` finds them, and without straight lines along rows or columns of
+    `length` px or more: rules, squares.
 
     A line may slope by a px here and there. A stroke that crosses it stays: there, the ink is higher than a line is."""
+    label, _, number = strokes(ink)
+    ink = ink * (torch.isin(label, number) | (label == 0))
     rules = torch.zeros_like(ink, dtype=torch.bool)
     for turned, out in ((ink, rules), (ink.T, rules.T)):
         mask = turned > 0.2
@@ -588,8 +591,8 @@ class Piece(NamedTuple):
 
 
 def strokes(ink):
-    """The pieces of ink, float (H, W), that may be digits: `pieces`, their `boxes` and numbers. Left out are frames, and
-    in a noisy picture all but the MOST_PIECES with the most ink. A piece is a frame if the pieces within its box have a
+    """The pieces of ink, float (H, W), that may be digits: `pieces`, their `boxes` and numbers. Frames are left out,
+    and in a noisy picture all but the MOST_PIECES with most ink. A piece is a frame if those within its box have a
     sixth of its ink or more."""
     label = pieces(ink > 0.3)
     box, number = boxes(label)
@@ -606,11 +609,14 @@ def strokes(ink):
 
 def height_of(picture):
     """The height of the digits in a picture, float (H, W), px: the median of its pieces' that are at least 0.45 of the
-    tallest. None where there is no ink."""
+    tallest. Shadows and the table beside the page reach the picture's edge: what does counts only if nothing else is
+    there. None where there is no ink."""
     side = max(picture.shape)
     _, box, _ = strokes(without_rules(ink_of(picture, side / 8), round(0.6 * side)))
     if not len(box):
         return None
+    inside = (box[:, :2] > 0).all(1) & (box[:, 2:] < torch.tensor(picture.shape)).all(1)
+    box = box[inside] if inside.any() else box
     tall = box[:, 2] - box[:, 0]
     return tall[tall >= LOWEST * tall.max()].float().median().item()
 
@@ -730,12 +736,13 @@ def read_page(model, path, digit_height=None):
     """The Page in a picture file. ValueError if it cannot be read."""
     picture, shrunk = load_picture(Path(path), digit_height)
     find = digits_in_grid if model.config.cell == data.FRAME else find_digits
+    least = 0 if find is digits_in_grid else UNSURE                         # in a grid, there is a digit for sure
     given = (digit_height / shrunk,) if digit_height and find is find_digits else ()
     height, found, canvases, note = find(model, picture, *given)
     digits = [{"digit": digit, "confidence": round(share, 4), "box": [round(shrunk * side) for side in
                (left, top, right - left, bottom - top)]} for digit, share, (top, left, bottom, right) in found]
     lines = lines_of(digits, shrunk * height) if digits else []
-    record = {"file": str(path), "text": "\n".join(text_of(line, shrunk * height) for line in lines),
+    record = {"file": str(path), "text": "\n".join(text_of(line, shrunk * height, least) for line in lines),
               "digit_height": height and round(shrunk * height, 1), "digits": sum(lines, [])}
     return Page(record, picture, shrunk, canvases, note)
 
@@ -763,11 +770,12 @@ def lines_of(digits, height):
     return sorted(lines, key=lambda line: sum(map(middle, line)) / len(line))
 
 
-def text_of(line, height):
-    """A line of digits as text: unsure ones as "?", a blank where a gap is far wider than most."""
+def text_of(line, height, least):
+    """A line of digits as text: "?" for those of less than the `least` confidence, a blank where a gap is far wider than
+    most."""
     gaps = [after["box"][0] - before["box"][0] - before["box"][2] for before, after in zip(line, line[1:])]
     wide = max(0.6 * height, 2 * sorted(gaps)[len(gaps) // 2]) if gaps else 0
-    text = ["?" if digit["confidence"] < UNSURE else str(digit["digit"]) for digit in line]
+    text = ["?" if digit["confidence"] < least else str(digit["digit"]) for digit in line]
     return text[0] + "".join(" " * (gap > wide) + letter for gap, letter in zip(gaps, text[1:]))
 
 
@@ -902,7 +910,7 @@ def page_report(page, colour):
     summary = f"{len(shares)} digit{'s' * (len(shares) > 1)} of about {record['digit_height']:.0f} px, "
     summary += f"{100 * sum(shares) / len(shares):.1f}% sure" + " on average" * (len(shares) > 1)
     if unsure:
-        summary += f"; each ? is one below {100 * UNSURE:.0f}%: " + ", ".join(unsure)
+        summary += f"; unsure: {', '.join(unsure)}"
     return [*lines, *(f"  {line}" for line in record["text"].split("\n")), f"  ({summary})"]
 
 
