@@ -619,6 +619,44 @@ def test_classes_come_from_the_labels():
     assert data.layout(2, *digits).empty is None
 
 
+def test_digits_are_decoded_jointly():
+    def logits(*cells):                     # of 6 x 7 cells: (row, column, digit, probability), the others empty
+        share = torch.full((6, 7, 11), 1e-9)
+        for row, column, digit, probability in cells:
+            share[row, column, digit] = probability
+        share[..., 10] = 1 - share[..., :10].sum(-1)
+        return share.log()
+
+    def digits(labels):
+        return [(*cell, labels[tuple(cell)].item()) for cell in (labels != 10).nonzero().tolist()]
+
+    split = [(2, 2, 3, 0.4), (2, 3, 3, 0.3)]
+    for apart, cells, expected in [
+            (2, split, [(2, 2, 3)]), (2, [(2, 2, 3, 0.3), (3, 3, 3, 0.4)], [(3, 3, 3)]),
+            (1, split, []), (1, [(2, 2, 3, 0.9), (2, 3, 4, 0.8)], [(2, 2, 3), (2, 3, 4)]),
+            (2, [(2, 2, 3, 0.3), (2, 3, 3, 0.15)], []),                             # in all, hardly half
+            (2, [(2, 2, 4, 0.35), (2, 2, 3, 0.3), (2, 3, 3, 0.2)], [(2, 2, 3)]),    # the sum says which digit
+            (2, [(2, 2, 3, 0.9), (2, 3, 4, 0.8)], [(2, 2, 3)]),
+            (2, [(2, 2, 3, 0.8), (2, 4, 4, 0.9)], [(2, 2, 3), (2, 4, 4)]),
+            (3, [(2, 2, 3, 0.8), (2, 4, 4, 0.9)], [(2, 4, 4)]), (3, [(0, 0, 3, 0.8), (2, 2, 4, 0.9)], [(2, 2, 4)]),
+            (3, [(2, 2, 3, 0.8), (2, 5, 4, 0.9)], [(2, 2, 3), (2, 5, 4)]),
+            (3, [(0, 0, 3, 0.8), (3, 0, 4, 0.9), (5, 6, 0, 0.7)], [(0, 0, 3), (3, 0, 4), (5, 6, 0)])]:
+        assert digits(data.decode(logits(*cells)[None], 10, apart)[0]) == expected, (apart, cells)
+        assert [found[:3] for found in data.read(logits(*cells)[None], 10, apart)[0]] == [
+            (digit, row, column) for row, column, digit in expected]
+    assert data.read(logits(*split)[None])[0][0][3] == pytest.approx(0.7)
+    noise = 3 * torch.randn(20, 6, 7, 11, generator=seeded())
+    assert torch.equal(data.decode(noise, None), noise.argmax(-1))
+    for apart in (1, 2, 3):
+        together = data.decode(noise, 10, apart)
+        assert all(torch.equal(data.decode(one[None], 10, apart)[0], own) for one, own in zip(noise, together))
+        for cells in ((own != 10).nonzero() for own in together):
+            assert len(cells) < 2 or torch.pdist(cells.float(), math.inf).min() >= apart
+    share = noise.softmax(-1)
+    alone = share[..., :10].argmax(-1).where(share[..., :10].sum(-1) > 0.5, 10)
+    assert torch.equal(data.decode(noise, 10, 1), alone)
+
+
 def test_to_input_and_read():
     inputs = data.to_input(torch.tensor([[[0, 1, 51, 255]]], dtype=torch.uint8))
     assert inputs.shape == (1, 1, 1, 4) and inputs.dtype == torch.float32
@@ -628,7 +666,8 @@ def test_to_input_and_read():
     logits[0, 1, 0, 0], logits[0, 0, 2, 9] = 20, 10
     readings = data.read(logits)
     assert [reading[:3] for reading in readings[0]] == [(9, 0, 2), (0, 1, 0)] and readings[1] == []
-    assert readings[0][0][3] == pytest.approx(math.e / (math.e + 1 + 9 * math.exp(-9)), rel=1e-5)
+    share = math.e / (math.e + 1 + 9 * math.exp(-9)) + 3 / (math.exp(9) + 10)          # three cells touch it
+    assert readings[0][0][3] == pytest.approx(share, rel=1e-5)
     assert [len(reading) for reading in data.read(logits, empty=None)] == [6, 6]
 
 
@@ -1210,7 +1249,7 @@ def test_evaluation_counts_every_cell():
     truth[:3, 0, 0] = 3
     best = truth.clone()
     best[1, 5, 5], best[2, 0, 0] = 7, 4
-    reader.forward = lambda images: 5.0 * F.one_hot(best, 11)
+    reader.forward = lambda images: 20.0 * F.one_hot(best, 11)
     figures = train.evaluate(reader, torch.zeros(4, 64, 64).byte(), truth, 10, torch.device("cpu"), torch.float32)
     assert figures == pytest.approx({"loss": F.cross_entropy(reader(None).flatten(0, 2), truth.flatten()).item(),
                                      "digit_accuracy": 2 / 3, "empty_accuracy": 252 / 253,
@@ -1632,7 +1671,7 @@ def test_arrays_of_another_program_are_read():
     assert [len(reading) for reading in data.read(torch.zeros(2, 1, 3, 10))] == [3, 3]         # no class is empty
     with pytest.raises(ValueError, match="which of 27 classes is that of empty cells. Say empty=26, or empty=None"):
         data.read(torch.zeros(1, 2, 2, 27))
-    assert len(data.read(torch.zeros(1, 2, 2, 27), empty=26)[0]) == 4
+    assert [len(data.read(torch.zeros(1, 2, 2, 27), 26, apart)[0]) for apart in (1, 2)] == [4, 1]
 
 
 def test_a_test_set_beyond_memory_is_refused(drawn, monkeypatch):
@@ -1803,7 +1842,7 @@ def test_sample_in_other_hands(finished, tmp_path, capsys, monkeypatch, drawn):
         sample.main([f"--out_dir={out}", "--image", *(str(tmp_path / f"{name}.npy") for name in (
             "broken", "pipe", "infinite", "good"))])
     printed = capsys.readouterr()
-    assert stopped.value.code == 1 and "\ngood.npy\n" in printed.out and (out / "image.png").exists()
+    assert stopped.value.code == 1 and f"\n{tmp_path / 'good.npy'}\n" in printed.out and (out / "image.png").exists()
     assert [line.split(": ")[1].split(" ")[0] for line in printed.err.splitlines()] == [
         str(tmp_path / f"{name}.npy") for name in ("broken", "pipe", "infinite")]
     notebook = io.StringIO()
@@ -2004,7 +2043,7 @@ def test_help_explains_every_flag(monkeypatch, capsys):
         assert text == settings[name].metadata["help"] + default, name
     for name, text in explained[1].items():
         default = vars(sample.parse([]))[name]
-        assert ("(default: " in text) == (name not in ("mistakes", "attention", "curves", "image")), name
+        assert ("(default: " in text) == (name not in ("mistakes", "attention", "curves", "image", "json")), name
         assert default is None or default is False or f"(default: {default})" in text, name
 
 
@@ -2026,7 +2065,7 @@ def test_the_whole_way(digits_folder, tmp_path):
 # sample.py
 
 
-def test_drawing_and_mistakes_in_the_terminal():
+def test_drawing_and_mistakes_in_the_terminal(monkeypatch):
     canvas = torch.tensor([[0, 255, 0, 255], [0, 0, 255, 255]], dtype=torch.uint8)
     assert sample.draw(canvas, colour=False) == ["┌────┐", "│ ▀▄█│", "└────┘"]
     assert "\033[38;2;255;255;255m\033[48;2;0;0;0m▀" in sample.draw(canvas, colour=True)[1]
@@ -2038,10 +2077,20 @@ def test_drawing_and_mistakes_in_the_terminal():
     assert findings == [(1, 2, 3, 3, 0.99), (5, 5, 4, None, None), (6, 0, None, 7, 0.5)]
     right, *wrong = ["  row 1 column 2: 3, read as 3 (99.0%)", "  row 5 column 5: 4, read as nothing   <-- wrong",
                      "  row 6 column 0: nothing, read as 7 (50.0%)   <-- wrong"]
-    assert sample.describe(findings, True, colour=False) == [right, *wrong]
-    assert sample.describe(findings, True, colour=True) == [right, *(f"\033[1;31m{line}\033[0m" for line in wrong)]
+    assert sample.describe(findings, colour=False) == [right, *wrong]
+    assert sample.describe(findings, colour=True) == [right, *(f"\033[1;31m{line}\033[0m" for line in wrong)]
+    assert sample.describe([], colour=True) == ["  nothing there, nothing read"]
     unknown = sample.compare(reading, None, 10)                             # one's own picture: the truth is unknown
-    assert sample.describe(unknown, False, True) == ["  row 1 column 2: 3 (99.0%)", "  row 6 column 0: 7 (50.0%)"]
+    assert unknown == [(1, 2, 3, 3, 0.99), (6, 0, 7, 7, 0.5)]
+    monkeypatch.setattr(sample, "UNSURE", 0.6)
+    record = {"file": "my.png", "text": "3\n?", "digit_height": 20.4, "digits": [
+        {"digit": digit, "confidence": share} for digit, _, _, share in reading]}
+    page = sample.Page(record, canvas, 1, [(canvas, None)], "")
+    assert sample.page_report(page, colour=False) == [
+        "my.png", "┌────┐", "│ ▀▄█│", "└────┘", "  3", "  ?",
+        "  (2 digits of about 20 px, 74.5% sure on average; unsure: 7 (50%))"]
+    page = page._replace(record=record | {"digits": []}, canvases=[], note="no ink")
+    assert sample.page_report(page, colour=False) == ["my.png", "  nothing: no ink"]
 
 
 def test_figures():
@@ -2164,9 +2213,11 @@ def test_pages_become_the_canvases_they_show(tmp_path, drawn, with_pillow):
     assert (canvas > 0).sum() > 200
     save_in_all_forms(tmp_path, canvas, 2, 0, with_pillow)
     for path in tmp_path.iterdir():
-        again = sample.as_canvas(sample.load_picture(path), 3, 64, digit_height=40)
-        assert again.shape == (88, 96) and again.dtype == torch.uint8, path
-        assert (again.float() - canvas.float()).abs().mean() < 4 and again[canvas == 255].float().mean() > 200, path
+        picture, shrunk = sample.load_picture(path)
+        assert picture.shape == (176, 192) and shrunk == 1 and 0 <= picture.min() <= picture.max() <= 1, path
+        again = 255 * sample.resize(sample.ink_of(picture, 40), 88, 96)
+        assert (again - canvas.float()).abs().mean() < 4 and again[canvas == 255].mean() > 200, path
+        assert sample.height_of(picture) == pytest.approx(40, abs=6), path
 
 
 @needs_mnist
@@ -2182,8 +2233,8 @@ def test_real_digits_on_pages_are_read(tmp_path):
         for i, (digit, label) in enumerate(zip(images[sure][:20], labels[sure])):
             save_in_all_forms(pages, F.pad(digit, (15, 9, 6, 6)), 2, i, with_pillow)
             files = list(pages.iterdir())
-            canvases = torch.stack([sample.as_canvas(sample.load_picture(file), 1, 28, None) for file in files])
-            right = right + (model(data.to_input(canvases)).argmax(-1).flatten() == label).long()
+            texts = [sample.read_picture(model, file)["text"] for file in files]
+            right = right + torch.tensor([text == str(label.item()) for text in texts]).long()
         assert i == 19 and right.min() >= 19, {file.name: count for file, count in zip(files, right.tolist())}
 
 
@@ -2194,7 +2245,9 @@ def test_a_single_digit_is_normalised_as_mnist_is():
         page = torch.full((height, width), 0.9)
         page[height // 4:-height // 4, left:left + width // 9] = 0.1
         page[-height // 4 - height // 12:-height // 4, left:left + foot] = 0.1     # of an L: its box has another middle
-        frame = sample.as_mnist(page)
+        frame, where = sample.as_mnist(page)
+        edges = [height // 4, left, height - -(-height // 4), left + max(width // 9, foot)]
+        assert all(abs(edge - true) <= max(1.5, height / 60) for edge, true in zip(where, edges)), (case, where)
         ink, box = frame.nonzero(), (frame > 100).nonzero()
         sides = box.amax(0) - box.amin(0) + 1
         middle = (ink * frame[frame > 0][:, None]).sum(0) / frame.sum()
@@ -2202,14 +2255,14 @@ def test_a_single_digit_is_normalised_as_mnist_is():
         assert 2 <= sides[1] <= (20 if foot else 12) and (middle - 13.5).abs().max() <= 0.75, case
         assert not foot or (middle - (box.amax(0) + box.amin(0)) / 2).abs().min() > 1, case
         page[3:5, 3:5] = 0.1                                                # a speck
-        assert torch.equal(sample.as_mnist(page), frame), case
+        assert torch.equal(sample.as_mnist(page)[0], frame), case
 
 
 def test_a_digit_cut_close_is_the_same_digit(drawn):
     """Dark on paper whose light falls off by half, and of which hardly any is left: as with paper all around."""
     def as_read(ink, margin, darkest):
         paper = 0.9 - 0.8 * F.pad(ink, [margin] * 4)
-        return sample.as_mnist(paper * torch.linspace(1, darkest, paper.shape[1])).float()
+        return sample.as_mnist(paper * torch.linspace(1, darkest, paper.shape[1]))[0].float()
     for digit, scale in zip(drawn[0], [1] * 30 + [5] * 3):
         top, left, height, width = (int(edge) for edge in data.ink_box(digit[None]))
         ink = digit[top:top + height, left:left + width].repeat_interleave(scale, 0).repeat_interleave(scale, 1) / 255
@@ -2228,13 +2281,123 @@ def error_of(call, *arguments):
         return str(error)
 
 
+def page_of(digits, height, gap=0.5):
+    """Ink, float (H, W), of drawn digits of a height, px, in a line on a page, and their boxes [left, top, w, h]."""
+    page, left, boxes = torch.zeros(4 * height, round((2 + 1.3 * len(digits)) * height)), height, []
+    for digit in digits:
+        top, start, tall, wide = (int(edge) for edge in data.ink_box(digit[None]))
+        ink = digit[top:top + tall, start:start + wide] / 255
+        ink = sample.resize(ink, height, max(1, round(wide * height / tall)))
+        page[height:2 * height, left:left + ink.shape[1]] = ink
+        boxes.append([left, height, ink.shape[1], height])
+        left += ink.shape[1] + round(gap * height)
+    return page, boxes
+
+
+def test_the_height_of_digits_on_a_page_is_found(drawn, tmp_path):
+    """In any size, either polarity, in shadow, with a rule or a box, with transparent margins."""
+    for height, case in itertools.product((14, 40, 120, 400), ("", "shadow", "rule", "box", "margins")):
+        ink, _ = page_of(drawn[0][:3], height)
+        thick, rows, columns = max(1, height // 20), *ink.shape
+        if case in ("rule", "box"):
+            ink[-height:-height + thick] = 1
+        if case == "box":
+            ink[height // 3:height // 3 + thick] = ink[height // 3:, 3:3 + thick] = ink[height // 3:, -3 - thick:-3] = 1
+            ink[-height + thick:] = 0
+        for light in (False, True):
+            picture = 0.15 + 0.7 * ink if light else 0.85 - 0.7 * ink
+            if case == "shadow":
+                picture = picture * torch.linspace(1, 0.5, columns)
+            if case == "margins":
+                colour = torch.stack([picture] * 3 + [torch.ones_like(picture)], dim=2)
+                np.save(tmp_path / "x.npy", F.pad(colour, (0, 0, *[height] * 4)).numpy())      # transparent black
+                picture, shrunk = sample.load_picture(tmp_path / "x.npy")
+                assert shrunk == 1 + (height == 400)
+                assert picture.shape == ((rows + 2 * height) // shrunk, (columns + 2 * height) // shrunk)
+                margin = picture[:height // shrunk]
+                assert (margin - (0.15 if light else 0.85)).abs().max() < 0.01, (height, light)        # as the paper is
+            found = sample.height_of(picture) * (shrunk if case == "margins" else 1)
+            assert found == pytest.approx(height, rel=0.15), (height, case, light)
+
+
+def test_rules_go_and_the_strokes_across_them_stay():
+    ink = torch.zeros(120, 200)
+    ink[90:92] = ink[10:12, 20:180] = ink[10:92, 20:22] = ink[10:92, 178:180] = 1           # a rule; with it, a box
+    ink[60, 5:100] = ink[61, 100:195] = 1                                                   # a rule that slopes
+    stroke = torch.zeros_like(ink)
+    stroke[70:112, 60:64] = stroke[40:68, 120:124] = stroke[30:34, 60:80] = 1               # two cross, one is short
+    left = sample.without_rules(torch.maximum(ink, stroke), 60)
+    assert torch.equal(left * stroke, stroke)
+    box, _ = sample.boxes(sample.pieces(left * (1 - stroke) > 0))           # where lines cross, a speck may stay
+    assert (box[:, 2:] - box[:, :2]).max() <= 2 and left.sum() - stroke.sum() <= 20
+
+
+def test_lines_of_text():
+    """Sloping, told apart, with blanks where gaps are wide and "?" where the model is unsure."""
+    digits = [{"digit": digit, "confidence": share, "box": [left, top + left // 4, 12, 20]}
+              for digit, left, top, share in ((5, 20, 35, 0.9), (3, 60, 10, 0.3), (1, 0, 10, 0.9), (4, 0, 35, 0.5),
+                                              (2, 20, 10, 0.9))]
+    for least, text in ((0, "12 3\n45"), (0.4, "12 ?\n45"), (0.6, "12 ?\n?5"), (1, "?? ?\n??")):
+        lines = sample.lines_of(digits, 20)
+        assert "\n".join(sample.text_of(line, 20, least) for line in lines) == text
+    assert [[digit["digit"] for digit in line] for line in lines] == [[1, 2, 3], [4, 5]]
+
+
+def test_pictures_as_json(finished, tmp_path, drawn, monkeypatch, capsys):
+    """One object a picture, in px of the file, also of one that is shrunk. A blank page says so."""
+    out = shutil.copytree(finished(3), tmp_path / "out")
+
+    def sevens(model, canvases):            # in the middle of every canvas
+        share = torch.full((len(canvases), canvases.shape[1] // 8, canvases.shape[2] // 8, 11), -20.0)
+        share[..., 10] = 0
+        share[:, share.shape[1] // 2, share.shape[2] // 2, 7] = 20
+        return share
+
+    monkeypatch.setattr(sample, "logits_of", sevens)
+    files, truth = [tmp_path / f"{name}.npy" for name in ("small", "large", "blank")], []
+    for file, height in zip(files, (40, 560)):
+        ink, boxes = page_of(drawn[0][:4], height)
+        np.save(file, (230 - 200 * ink).byte().numpy())
+        truth.append((height, boxes))
+    np.save(files[2], np.full((60, 90), 230, dtype=np.uint8))
+    arguments = [f"--out_dir={out}", "--image", *map(str, files)]
+    monkeypatch.setattr(sample, "WORKING", 1_000_000)
+    capsys.readouterr()
+    sample.main([*arguments, "--json"])
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["file"] for record in records] == list(map(str, files)) and not (out / "image.png").exists()
+    assert records[2] == {"file": str(files[2]), "text": "", "digit_height": None, "digits": []}
+    for record, (height, boxes) in zip(records, truth):
+        assert record.keys() == records[2].keys() and record["text"] == "7777"
+        assert record["digit_height"] == pytest.approx(height, rel=0.15)
+        assert [digit.keys() for digit in record["digits"]] == [{"digit", "confidence", "box"}] * 4
+        for digit, box in zip(record["digits"], boxes):
+            assert digit["digit"] == 7 and digit["confidence"] == 1
+            assert digit["box"] == pytest.approx(box, abs=0.1 * height), height
+    _, model = train.load_checkpoint(out / "ckpt.pt")
+    assert [sample.read_picture(model, file) for file in files] == records
+    sample.main(arguments)
+    printed = capsys.readouterr().out
+    assert f"{files[2]}\n  nothing: there is no ink in it\n" in printed and printed.count("\n  7777\n") == 2
+    assert "--json is for pictures" in refusal(sample.main, [f"--out_dir={out}", "--json"], capsys)[1]
+
+
 def test_pictures_become_canvases_or_are_refused(tmp_path):
-    assert sample.as_canvas(torch.rand(33, 50), 3, 64, None).shape == (40, 56)      # filled up to whole cells
+    for sides, shape in (((33, 50), (40, 40)), ((20, 20), (40, 40)), ((20, 90), (40, 104)), ((90, 20), (72, 40))):
+        piece = sample.Piece(0, 0, torch.rand(sides))                                   # filled up to whole cells
+        canvas, scale, corner = sample.canvas_of(piece, 20, 8, 40, 1)
+        assert canvas.shape == shape and canvas.dtype == torch.uint8 and (canvas[canvas > 0] >= sample.FAINT).all()
+        assert all(abs(2 * start + side * scale - whole) <= 2 for start, side, whole in zip(corner, sides, shape))
     four, blank = torch.full((30, 60), 0.9), torch.full((70, 60), 0.9)
     four[4:11, 10:14] = four[4:11, 40:44] = four[18:26, 12:16] = four[20:28, 50:55] = 0.2
-    assert sample.as_canvas(four, 2, 56, None).shape == (56, 56)
-    assert sample.as_canvas(blank, 3, 64, None).max() == 0                          # paper is no ink
-    assert "no ink was found" in error_of(sample.as_canvas, blank, 2, 56, None)     # but here every cell needs a digit
+    grid = ViT(ViTConfig(image_size=56, patch_size=4, cell=28, num_classes=10, dim=16, depth=1))
+    _, digits, ((canvas, _),), _ = sample.digits_in_grid(grid, four)
+    assert canvas.shape == (56, 56) and [[round(edge) for edge in box] for _, _, box in digits] == [
+        [4, 10, 11, 14], [4, 40, 11, 44], [18, 12, 26, 16], [20, 50, 28, 55]]
+    assert sample.ink_of(blank, 20).max() == 0                                      # paper is no ink
+    assert sample.find_digits(None, blank) == (None, [], [], "there is no ink in it")
+    assert "no ink was found" in error_of(sample.digits_in_grid, grid, blank)       # but here every cell needs a digit
+    assert "too small for a grid of 2 x 2" in error_of(sample.digits_in_grid, grid, blank[:1])
     model, blank = ViT(ViTConfig(image_size=64, patch_size=8, cell=8)), torch.zeros(1, 1024, 1032, dtype=torch.uint8)
     assert "up to 4,096 patches" in error_of(sample.attention_rollout, model, blank[0, :520, :520])
     assert "a canvas of 1032 x 1024 px has 16,512 patches, at most 16,384" in error_of(sample.logits_of, model, blank)
@@ -2247,14 +2410,17 @@ def test_pictures_become_canvases_or_are_refused(tmp_path):
             ("a.npy", [[np.nan] * 4] * 4, "not finite"), ("a.npy", [["x"]], "expected numbers"),
             ("a.npy", [0.0] * 3, "expected numbers"), ("a.pgm", b"", "does not begin like a PGM file"),
             ("a.pgm", b"P5 4 4 255\n123", "cannot be read"), ("a.pgm", b"P2 2 2 255\n1 2 x 4", "cannot be read"),
-            ("a.pgm", b"P5 99999 99999 255\n", "99,999 x 99,999 px"), ("a.png", b"nonsense", "cannot be read"),
-            ("a.pgm", b"P5 3000 3000 255\n" + bytes(9_000_000), "--digit_height")):
+            ("a.pgm", b"P5 99999 99999 255\n", "99,999 x 99,999 px"), ("a.png", b"nonsense", "cannot be read")):
         if isinstance(content, bytes):
             (tmp_path / name).write_bytes(content)
         else:
             np.save(tmp_path / name, content)
-        error = error_of(lambda: sample.as_canvas(sample.load_picture(tmp_path / name), 3, 64, None))
+        error = error_of(sample.read_picture, grid, tmp_path / name)
         assert words in error, (name, content[:200], error)
+    (tmp_path / "a.pgm").write_bytes(b"P5 3000 3000 255\n" + bytes(9_000_000))
+    for digit_height, side in ((None, 1500), (39, 3000), (40, 1500)):
+        picture, shrunk = sample.load_picture(tmp_path / "a.pgm", digit_height)
+        assert picture.shape == (side, side) and shrunk == 3000 / side
     assert tracemalloc.get_traced_memory()[1] < 400_000_000
     tracemalloc.stop()
     image = pytest.importorskip("PIL.Image", reason="needs Pillow")
@@ -2297,9 +2463,10 @@ def test_sample_shows_mistakes_and_attention(digits_folder, finished, tmp_path, 
 
     images, labels = data.load_mnist(digits_folder, "test")
     canvases, truth = data.test_canvases(data.layout(phase, images, labels), images, labels, 100)
-    odds = ViT.load(out / "ckpt.pt")(data.to_input(canvases)).softmax(-1)
+    logits, empty = ViT.load(out / "ckpt.pt")(data.to_input(canvases)), 10 if phase == 3 else None
+    odds, best = logits.softmax(-1), data.decode(logits, empty, data.layout(phase, images, labels).apart)
     losses = -odds.gather(-1, truth[..., None]).log().sum((1, 2, 3))
-    wrong = (odds.argmax(-1) != truth).any(2).any(1).nonzero()[:, 0].tolist()
+    wrong = (best != truth).any(2).any(1).nonzero()[:, 0].tolist()
     assert [int(block.split()[0]) for block in blocks] == sorted(wrong, key=lambda i: -losses[i])[:3]   # worst first
     np.save(tmp_path / "own.npy", data.drawn_digits(1, 0)[0][0].numpy())
     sample.main([*flags, f"--image={tmp_path / 'own.npy'}", "--attention"])
@@ -2307,7 +2474,7 @@ def test_sample_shows_mistakes_and_attention(digits_folder, finished, tmp_path, 
     assert "own.npy" in text and (out / "image.png").exists()
     assert not any(word in text for word in ("recall", "read as", "wrong"))  # nobody knows what is there
     (out / "sample.png").unlink()
-    monkeypatch.setattr(sample, "logits_of", lambda model, canvases: F.one_hot(truth).float())
+    monkeypatch.setattr(sample, "logits_of", lambda model, canvases: 20.0 * F.one_hot(truth))
     sample.main([*flags, "--mistakes"])
     text = capsys.readouterr().out
     assert "reading 100 test canvases" in text and "100.00%" in text
