@@ -771,8 +771,8 @@ def lines_of(digits, height):
 
 
 def text_of(line, height, least):
-    """A line of digits as text: "?" for those of less than the `least` confidence, a blank where a gap is far wider than
-    most."""
+    """A line of digits as text: "?" for those of less than the `least` confidence, a blank where a gap is far wider
+    than most."""
     gaps = [after["box"][0] - before["box"][0] - before["box"][2] for before, after in zip(line, line[1:])]
     wide = max(0.6 * height, 2 * sorted(gaps)[len(gaps) // 2]) if gaps else 0
     text = ["?" if digit["confidence"] < least else str(digit["digit"]) for digit in line]
