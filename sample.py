@@ -37,6 +37,7 @@ HEIGHT = 20                 # px, of MNIST's digits
 RENDERED = 32               # px of a digit's height when its ink is told from the paper
 FAINT = 25                  # of 255: what is less is no ink, since MNIST's paper is exactly 0
 LOWEST = 0.45               # of digits' height: what is less high is a sign
+SMALLEST = 8                # px, height of digits that can be read
 MOST_PIECES = 5000          # of ink in a picture
 MOST_ATTENTION = 16         # canvases of a picture whose attention is shown
 UNSURE = 0.6                # a digit of less confidence is written as "?"
@@ -659,15 +660,15 @@ def read_pieces(model, found, height, scale):
     """What a model reads in Pieces whose digits have a height, px: for each piece its canvas, logits, and a list of
     (digit, confidence, box), the box as (top, left, bottom, right) in px of the ink."""
     cell, empty = model.config.cell, model.config.num_classes - 1
-    framed = [canvas_of(piece, height, cell, 5 * cell, scale) for piece in found]
+    framed = [canvas_of(piece, height, cell, 7 * cell, scale) for piece in found]
     by_shape, results = {}, [None] * len(found)
     for index, (canvas, _, _) in enumerate(framed):
         by_shape.setdefault(canvas.shape, []).append(index)
     for indices in by_shape.values():
         logits = logits_of(model, torch.stack([framed[index][0] for index in indices]))
         for index, own, reading in zip(indices, logits, data.read(logits, empty)):
-            canvas, scale, corner = framed[index]
-            digits = [(digit, share, box_of(found[index], (row, column), len(reading), cell, scale, corner))
+            canvas, enlarged, corner = framed[index]
+            digits = [(digit, share, box_of(found[index], (row, column), len(reading), cell, enlarged, corner))
                       for digit, row, column, share in reading]
             results[index] = canvas, own, digits
     return results
@@ -704,7 +705,7 @@ def find_digits(model, picture, height=None):
     ink = ink_of(resize(picture, *(max(1, round(side * fine)) for side in picture.shape)), fine * height)
     found = pieces_of(without_rules(ink, round(2.25 * fine * height)), fine * height)
     if not found:
-        return height, [], [], f"no ink in it is as high as digits of {height:.0f} px"
+        return height, [], [], "its ink is not of the size of digits of that height"
 
     def sure(results):
         shares = [share for _, _, digits in results for _, share, _ in digits]
@@ -712,7 +713,7 @@ def find_digits(model, picture, height=None):
 
     results = max((read_pieces(model, found, fine * height, scale) for scale in SCALES), key=sure)
     digits = [(digit, share, [end / fine for end in box]) for _, _, own in results for digit, share, box in own]
-    note = "" if digits else "its ink looks like signs, not like digits"
+    note = "its ink is too small to be read" if height < SMALLEST else "its ink looks like signs, not like digits"
     return height, digits, [(canvas, logits) for canvas, logits, own in results if own], note
 
 
@@ -902,7 +903,7 @@ def page_report(page, colour):
     record, lines = page.record, [page.record["file"]]
     if len(page.canvases) == 1 and page.canvases[0][0].shape[1] <= 78:
         lines += draw(page.canvases[0][0], colour)
-    if not record["digits"]:
+    if not record["digits"]:                                                # say why
         return [*lines, f"  nothing: {page.note}"]
     shares = [digit["confidence"] for digit in record["digits"]]
     unsure = [f"{digit['digit']} ({100 * digit['confidence']:.0f}%)" for digit in record["digits"]
