@@ -499,7 +499,7 @@ def pieces(mask):
 def without_specks(ink):
     """Ink, float (H, W), without connected pieces that have less than a tenth of the ink of the largest."""
     label = pieces(ink > 0.05)
-    mass = torch.bincount(label.flatten(), ink.flatten())
+    mass = torch.bincount(label.flatten(), (ink * (ink > 0.3)).flatten())      # faint noise joins into large pieces
     mass[0] = 0
     return ink * (mass >= mass.max() / 10)[label] * (label > 0)
 
@@ -775,7 +775,8 @@ def text_of(line, height, least):
     """A line of digits as text: "?" for those of less than the `least` confidence, a blank where a gap is far wider
     than most."""
     gaps = [after["box"][0] - before["box"][0] - before["box"][2] for before, after in zip(line, line[1:])]
-    wide = max(0.6 * height, 2 * sorted(gaps)[len(gaps) // 2]) if gaps else 0
+    usual = sorted(gaps)[(len(gaps) - 1) // 2] if len(gaps) > 1 else 0.5 * height
+    wide = max(0.6 * height, 2 * usual)
     text = ["?" if digit["confidence"] < least else str(digit["digit"]) for digit in line]
     return text[0] + "".join(" " * (gap > wide) + letter for gap, letter in zip(gaps, text[1:]))
 

@@ -123,7 +123,7 @@ def read_checkpoint(path):
             pickled = next(name for name in archive.namelist() if name.endswith("data.pkl"))
             for opcode, name, _ in pickletools.genops(archive.read(pickled)):
                 if opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"):
-                    raise ValueError("it holds more than tensors and plain values, or in another pickle protocol than 2")
+                    raise ValueError("it is not of tensors and plain values in pickle protocol 2")
                 if opcode.name == "GLOBAL" and name not in PLAIN and not re.fullmatch(r"torch \w+Storage", name):
                     raise ValueError(f"it holds {name.replace(' ', '.')[:100]}; only tensors and plain values are read")
             file.seek(0)
