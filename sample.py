@@ -247,16 +247,17 @@ def verdict(findings):
 
 
 def page_tile(page, largest):
-    """The picture of a Page, at most `largest` px a side: each digit in a frame, red where it is unsure, with its
-    reading."""
+    """The picture of a Page, at most `largest` px a side: each digit in a frame, red and dashed where it is unsure, with
+    its reading."""
     height, width = page.picture.shape
     scale = min(1, largest / max(height, width))
     grey = resize(page.picture, max(1, round(height * scale)), max(1, round(width * scale)))
     picture = np.repeat((255 * grey).byte().numpy()[:, :, None], 3, axis=2)
     for digit in page.record["digits"]:
         left, top, width, height = (round(scale * side / page.shrunk) for side in digit["box"])
-        colour = GREEN if digit["confidence"] >= UNSURE else RED
-        draw_frame(picture, max(0, top - 3), max(0, left - 3), height + 6, width + 6, colour)
+        unsure = digit["confidence"] < UNSURE
+        colour = RED if unsure else GREEN
+        draw_frame(picture, max(0, top - 3), max(0, left - 3), height + 6, width + 6, colour, dashed=unsure)
         write_text(picture, top - 18, left - 3, str(digit["digit"]), colour)
     return picture
 
