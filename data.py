@@ -17,6 +17,7 @@ import http.client
 import math
 import os
 import re
+import reprlib
 import struct
 import sys
 import tempfile
@@ -445,7 +446,7 @@ class Layout:
                     "max_digits": 0 if self.max_digits is None else self.max_digits, "min_distance": self.min_distance}
         for name, value in integers.items():
             if type(value) is not int:
-                raise ValueError(f"{name} must be a whole number, not {value!r}")
+                raise ValueError(f"{name} must be a whole number, not {reprlib.repr(value)}")
         for name in ("crowded", "borders"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, not {getattr(self, name)}")

@@ -247,8 +247,8 @@ def verdict(findings):
 
 
 def page_tile(page, largest):
-    """The picture of a Page, at most `largest` px a side: each digit in a frame, red and dashed where it is unsure, with
-    its reading."""
+    """The picture of a Page, at most `largest` px a side: each digit with its reading in a frame, red and dashed where
+    it is unsure."""
     height, width = page.picture.shape
     scale = min(1, largest / max(height, width))
     grey = resize(page.picture, max(1, round(height * scale)), max(1, round(width * scale)))
@@ -469,6 +469,15 @@ def neighbour_noise(picture):
     return 1.4826 * difference.median().item() / 2**0.5 if difference.numel() else 0.0
 
 
+def row_runs(mask):
+    """The runs of pixels side by side in the rows of a mask, bool (H, W): its changes, int8 (H, W + 1), 1 where a run
+    begins and -1 one past its end; and of each run, in reading order, the row, where it begins, and one past its end."""
+    changes = np.diff(np.pad(mask.numpy().astype(np.int8), ((0, 0), (1, 1))), axis=1)
+    row, begin = np.nonzero(changes == 1)
+    _, end = np.nonzero(changes == -1)
+    return changes, row, begin, end
+
+
 def pieces(mask):
     """The connected pieces of a mask, bool (H, W), with neighbours across corners: int64 (H, W), 0 outside of the mask,
     elsewhere a number for each piece.
@@ -477,9 +486,7 @@ def pieces(mask):
     once: a round halves the way to the root, so that even a spiral takes few rounds.
     """
     height, width = mask.shape
-    padded = np.pad(mask.numpy().astype(np.int8), ((0, 0), (1, 1)))
-    row, begin = np.nonzero(np.diff(padded, axis=1) == 1)                   # of each run, in reading order
-    _, end = np.nonzero(np.diff(padded, axis=1) == -1)                      # one past its last pixel
+    _, row, begin, end = row_runs(mask)
     line = width + 2                                                        # longer than a row, so that rows stay apart
     lowest = np.searchsorted(row * line + end, (row - 1) * line + begin)    # the runs above that a run touches
     highest = np.searchsorted(row * line + begin, (row - 1) * line + end, side="right")
@@ -560,12 +567,10 @@ def boxes(label):
 
 def runs(mask, length):
     """Where a bool (H, W) mask is set in at least `length` px side by side in a row: bool (H, W)."""
-    edges = np.diff(np.pad(mask.numpy().astype(np.int8), ((0, 0), (1, 1))), axis=1)
-    row, begin = np.nonzero(edges == 1)
-    _, end = np.nonzero(edges == -1)
+    changes, row, begin, end = row_runs(mask)
     short = end - begin < length
-    edges[row[short], begin[short]] = edges[row[short], end[short]] = 0
-    return torch.from_numpy(edges[:, :-1].cumsum(1, dtype=np.int8) > 0)
+    changes[row[short], begin[short]] = changes[row[short], end[short]] = 0
+    return torch.from_numpy(changes[:, :-1].cumsum(1, dtype=np.int8) > 0)
 
 
 def without_rules(ink, length):

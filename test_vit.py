@@ -2453,6 +2453,8 @@ def test_a_damaged_or_strangers_checkpoint_is_refused_in_one_line(finished, tmp_
             (dict(data="mine"), "does not fit"), (dict(average={"head.bias": torch.zeros(3)}), "is not a checkpoint"),
             (dict(canvas={"size": 10**9}), "does not fit"), (dict(canvas={"classes": 10**12}), "does not fit"),
             (dict(canvas={"wings": 2}), "does not fit"), (dict(canvas={"max_digits": "many"}), "max_digits must be"),
+            (dict(canvas={"max_digits": nested(40)}), "max_digits must be"),
+            (dict(canvas={"classes": nested(40)}), "does not fit"),
             (dict(canvas={"max_digits": 10**9}), "max_digits must be")):
         checkpoint = checkpoint_of(finished(3))
         for key, value in change.items():

@@ -624,6 +624,7 @@ def load_checkpoint(path):
     if phase not in data.PHASES or checkpoint["data"] not in data.KINDS or \
             canvas.keys() != {"size", "max_digits", "min_distance", "classes"} or \
             canvas["size"] not in (None, model.config.image_size) or model.config.cell != data.PHASES[phase].cell or \
+            type(canvas["classes"]) is not int or \
             model.config.num_classes != canvas["classes"] + data.has_empty_cells(phase):
         raise ValueError(f"{path} is not a checkpoint of train.py: what it says of its canvases does not fit its model")
     return checkpoint, model
@@ -653,7 +654,6 @@ def make_room(path, checkpoint):
     its checkpoint. A new run keeps the files of an earlier one, with the first number that is free for all of them."""
     metrics = path.with_name("metrics.jsonl")
     data.check_regular(metrics)
-    data.check_regular(path)
     if checkpoint:
         data.write_whole(metrics, lines_until(checkpoint["step"], metrics))
     elif path.exists():
