@@ -388,6 +388,12 @@ def read_with_pillow(path, shrinking):
         from PIL import Image, ImageOps
     except ImportError:
         raise ValueError("only .npy and .pgm are read without Pillow: pip install pillow") from None
+    if path.suffix.lower() in (".heic", ".heif"):                           # photographs of iPhones
+        try:
+            import pillow_heif
+        except ImportError:
+            raise ValueError("HEIC is read with pillow-heif: pip install pillow-heif") from None
+        pillow_heif.register_heif_opener()
     Image.MAX_IMAGE_PIXELS = None                                           # check_size sets the limit instead
     with Image.open(path) as image:
         factor, size = shrinking(image.height, image.width), image.size

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import importlib.util
 import itertools
 import json
 import math
@@ -2209,6 +2210,8 @@ def save_in_all_forms(folder, canvas, scale, seed, with_pillow):
         for name, picture in {"rgb.png": photo, "rgb.jpg": photo, "turned.jpg": turned, "grey.png": photo.convert("L"),
                               "palette.png": photo.quantize(32), "pen.png": image.fromarray(pen)}.items():
             picture.save(folder / name, exif=picture.getexif())
+        if importlib.util.find_spec("pillow_heif"):
+            importlib.import_module("pillow_heif").from_pillow(photo).save(folder / "rgb.heic", quality=90)
         return
     for name, array in {"rgb": rgb, "pen": pen, "chalk": chalk, "float": grey.astype(float), "int": ink.astype(int),
                         "12 bits": 16 * ink.astype(np.uint16), "1 bit": (ink > 127).astype(np.uint8)}.items():
@@ -2423,7 +2426,8 @@ def test_pictures_become_canvases_or_are_refused(tmp_path):
             ("a.npy", [[np.nan] * 4] * 4, "not finite"), ("a.npy", [["x"]], "expected numbers"),
             ("a.npy", [0.0] * 3, "expected numbers"), ("a.pgm", b"", "does not begin like a PGM file"),
             ("a.pgm", b"P5 4 4 255\n123", "cannot be read"), ("a.pgm", b"P2 2 2 255\n1 2 x 4", "cannot be read"),
-            ("a.pgm", b"P5 99999 99999 255\n", "99,999 x 99,999 px"), ("a.png", b"nonsense", "cannot be read")):
+            ("a.pgm", b"P5 99999 99999 255\n", "99,999 x 99,999 px"), ("a.png", b"nonsense", "cannot be read"),
+            ("a.heic", b"nonsense", "cannot be read")):
         if isinstance(content, bytes):
             (tmp_path / name).write_bytes(content)
         else:
