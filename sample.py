@@ -625,7 +625,7 @@ def height_of(picture):
     tallest. Shadows and the table beside the page reach the picture's edge: what does counts only if nothing else is
     there. None where there is no ink."""
     side = max(picture.shape)
-    _, box, _ = strokes(without_rules(ink_of(picture, side / 8), round(0.6 * side)))
+    _, box, _ = strokes(without_rules(ink_of(picture, max(side / 8, 16)), round(0.75 * side)))
     if not len(box):
         return None
     inside = (box[:, :2] > 0).all(1) & (box[:, 2:] < torch.tensor(picture.shape)).all(1)
