@@ -579,15 +579,15 @@ def runs(mask, length):
     return torch.from_numpy(changes[:, :-1].cumsum(1, dtype=np.int8) > 0)
 
 
-def without_rules(ink, length):
-    """Ink, float (H, W), without frames, as `strokes` finds them, and without straight lines along rows or columns of
-    `length` px or more: rules, squares.
+def without_rules(ink, across, down):
+    """Ink, float (H, W), without frames, as `strokes` finds them, and without straight lines: rules, squares. They are
+    at least `across` px long along rows, `down` px along columns.
 
     A line may slope by a px here and there. A stroke that crosses it stays: there, the ink is higher than a line is."""
     label, _, number = strokes(ink)
     ink = ink * (torch.isin(label, number) | (label == 0))
     rules = torch.zeros_like(ink, dtype=torch.bool)
-    for turned, out in ((ink, rules), (ink.T, rules.T)):
+    for turned, out, length in ((ink, rules, across), (ink.T, rules.T, down)):
         mask = turned > 0.2
         thick = mask.clone()
         thick[1:] |= mask[:-1]
@@ -624,14 +624,18 @@ def height_of(picture):
     """The height of the digits in a picture, float (H, W), px: the median of its pieces' that are at least 0.45 of the
     tallest. Shadows and the table beside the page reach the picture's edge: what does counts only if nothing else is
     there. None where there is no ink."""
-    side = max(picture.shape)
-    _, box, _ = strokes(without_rules(ink_of(picture, max(side / 8, 16)), round(0.75 * side)))
-    if not len(box):
-        return None
-    inside = (box[:, :2] > 0).all(1) & (box[:, 2:] < torch.tensor(picture.shape)).all(1)
-    box = box[inside] if inside.any() else box
-    tall = box[:, 2] - box[:, 0]
-    return tall[tall >= LOWEST * tall.max()].float().median().item()
+    ink, height = ink_of(picture, max(max(picture.shape) / 8, 16)), None
+    down, across = (round(0.75 * side) for side in picture.shape)
+    for _ in range(2):                          # more rules are found once digits' height bounds their length
+        _, box, _ = strokes(without_rules(ink, across, down))
+        if not len(box):
+            break
+        inside = (box[:, :2] > 0).all(1) & (box[:, 2:] < torch.tensor(picture.shape)).all(1)
+        box = box[inside] if inside.any() else box
+        tall = box[:, 2] - box[:, 0]
+        height = tall[tall >= LOWEST * tall.max()].float().median().item()
+        across = down = round(2.25 * height)
+    return height
 
 
 def pieces_of(ink, height):
@@ -715,7 +719,8 @@ def find_digits(model, picture, height=None):
         return None, [], [], "there is no ink in it"
     fine = min(RENDERED / height, math.sqrt(2 * WORKING / picture.numel()))      # px of ink for one of the picture
     ink = ink_of(resize(picture, *(max(1, round(side * fine)) for side in picture.shape)), fine * height)
-    found = pieces_of(without_rules(ink, round(2.25 * fine * height)), fine * height)
+    rule = round(2.25 * fine * height)
+    found = pieces_of(without_rules(ink, rule, rule), fine * height)
     if not found:
         return height, [], [], "its ink is not of the size of digits of that height"
 

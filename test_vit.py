@@ -2312,10 +2312,13 @@ def page_of(digits, height, gap=0.5):
 
 
 def test_the_height_of_digits_on_a_page_is_found(drawn, tmp_path):
-    """In any size, either polarity, in shadow, with a rule or a box, with transparent margins."""
-    for height, case in itertools.product((14, 40, 120, 400), ("", "shadow", "rule", "box", "margins")):
+    """In any size, either polarity, in shadow, with a rule, squares or a box, with transparent
+    margins."""
+    for height, case in itertools.product((14, 40, 120, 400), ("", "shadow", "rule", "box", "margins", "squares")):
         ink, _ = page_of(drawn[0][:3], height)
         thick, rows, columns = max(1, height // 20), *ink.shape
+        if case == "squares":
+            ink[::max(12, height // 2)] = ink[:, ::max(12, height // 2)] = 0.8
         if case in ("rule", "box"):
             ink[-height:-height + thick] = 1
         if case == "box":
@@ -2342,7 +2345,7 @@ def test_rules_go_and_the_strokes_across_them_stay():
     ink[60, 5:100] = ink[61, 100:195] = 1                                                   # a rule that slopes
     stroke = torch.zeros_like(ink)
     stroke[70:112, 60:64] = stroke[40:68, 120:124] = stroke[30:34, 60:80] = 1               # two cross, one is short
-    left = sample.without_rules(torch.maximum(ink, stroke), 60)
+    left = sample.without_rules(torch.maximum(ink, stroke), 60, 60)
     assert torch.equal(left * stroke, stroke)
     box, _ = sample.boxes(sample.pieces(left * (1 - stroke) > 0))           # where lines cross, a speck may stay
     assert (box[:, 2:] - box[:, :2]).max() <= 2 and left.sum() - stroke.sum() <= 20
