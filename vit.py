@@ -9,10 +9,11 @@ With `cell` > 0 the same model labels every cell of a grid over the image, so it
     logits = model(images)                  # (B, 1, 64, 64) -> (B, 8, 8, 11)
 
 An image goes through it as patches -> tokens -> `depth` blocks of attention and MLP -> norm -> head: `ViT.forward`.
-With a class token, parameters have the names and shapes of timm's VisionTransformer, so that public weights load.
+Parameters have the names and shapes of timm's VisionTransformer, so that public weights load: DeiT, AugReg, DINOv2.
 Sources: ViT (Dosovitskiy 2021, arXiv:2010.11929), pre-norm blocks (Xiong 2020, arXiv:2002.04745), rotary positions (Su
 2021, arXiv:2104.09864) along both axes (Heo 2024, arXiv:2403.13298), attention within a window (Ramachandran 2019,
-arXiv:1906.05909), drop path (Huang 2016, arXiv:1603.09382).
+arXiv:1906.05909), drop path (Huang 2016, arXiv:1603.09382), LayerScale (Touvron 2021, arXiv:2103.17239), registers
+(Darcet 2023, arXiv:2309.16588).
 """
 import math
 import os
@@ -20,6 +21,7 @@ import pickletools
 import re
 import reprlib
 import zipfile
+from collections import OrderedDict
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -33,55 +35,56 @@ class ViTConfig:
     patch_size: int = 7         # px, side of a patch: one token each
     overlap: int = 0            # px that the patch projection sees beyond its patch, on each side
     in_channels: int = 1
-    num_classes: int = 10
+    num_classes: int = 10       # 0: no head, features come out
     dim: int = 64               # width of a token
     depth: int = 4              # number of blocks
     heads: int = 4              # attention heads in a block, each dim / heads wide
     mlp_ratio: float = 2.0      # hidden width of the MLP, in units of dim
+    layer_scale: bool = False   # each branch of a block times a learned vector, so that a deep model starts calmly
     dropout: float = 0.0        # share of activations dropped in training
     drop_path: float = 0.0      # drop path rate of the last block in training; it rises linearly from 0
-    class_token: bool = False   # a token of its own for the whole image, read by the head; else the mean over tokens
+    class_token: bool = False   # a token of its own for the whole image; without cells, the head reads it alone
+    class_position: bool = True  # whether the class token has a learned position too; registers never have one
+    registers: int = 0          # more tokens, where attention can keep what belongs to no patch
     cell: int = 0               # px, side of the cells that get a label each; 0: one label for the whole image
     positions: str = "learned"  # "learned": a vector a patch. "rotary": queries and keys turn with row and column
     window: int = 0             # patches that attention reaches on each side (dense mask: no speed-up); 0: everywhere
 
     @classmethod
     def preset(cls, name, **changes):
-        """A standard model for ImageNet, "Ti", "S", "B" or "L" with patches of 16 px; other fields as given."""
-        if name not in PRESETS:
-            raise ValueError(f"the presets are {', '.join(PRESETS)}, not {name!r}")
-        dim, depth, heads = PRESETS[name]
-        standard = dict(image_size=224, patch_size=16, in_channels=3, num_classes=1000, dim=dim, depth=depth,
-                        heads=heads, mlp_ratio=4.0, class_token=True)
+        """A standard model for ImageNet, "Ti", "S", "B" or "L" with patches of 16 px; other fields as given.
+        Sources: Dosovitskiy 2021, table 1; for Ti and S Touvron 2021, arXiv:2012.12877, table 1."""
+        sizes = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}  # dim, depth, heads
+        if name not in sizes:
+            raise ValueError(f"the presets are {', '.join(sizes)}, not {name!r}")
+        standard = dict(zip(("dim", "depth", "heads"), sizes[name]), image_size=224, patch_size=16, in_channels=3,
+                        num_classes=1000, mlp_ratio=4.0, class_token=True)
         return cls(**{**standard, **changes})
 
     def __post_init__(self):
-        for name in (f.name for f in fields(self) if f.type in (int, "int")):
-            value, least = getattr(self, name), 0 if name in ("overlap", "cell", "window") else 1
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} must be a whole number from {least} up, not {reprlib.repr(value)}")
-        for name, kinds in (("mlp_ratio", (int, float)), ("dropout", (int, float)), ("drop_path", (int, float)),
-                            ("class_token", (bool,))):
-            if type(getattr(self, name)) not in kinds:
-                raise ValueError(f"{name} must be a {kinds[-1].__name__}, not {reprlib.repr(getattr(self, name))}")
-        if not (self.mlp_ratio < math.inf and self.dim * self.mlp_ratio >= 1):
-            raise ValueError(f"mlp_ratio must give the MLP at least one channel, not be {reprlib.repr(self.mlp_ratio)}")
-        for name in ("dropout", "drop_path"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, not {reprlib.repr(getattr(self, name))}")
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
-        if self.cell and (self.cell % self.patch_size or self.image_size % self.cell):
-            raise ValueError(f"cell {self.cell} must be a multiple of patch_size {self.patch_size} "
-                             f"and divide image_size {self.image_size}")
-        if self.cell and self.class_token:
-            raise ValueError("class_token is for one label per image: with cell > 0 every cell reads its own tokens")
-        if self.dim % self.heads:
-            raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}")
-        if self.positions not in ("learned", "rotary"):
-            raise ValueError(f'positions must be "learned" or "rotary", not {reprlib.repr(self.positions)}')
-        if self.positions == "rotary" and self.dim // self.heads % 4:
-            raise ValueError(f"rotary positions need heads of a multiple of 4 wide, not {self.dim} / {self.heads}")
+        for field in fields(self):
+            name, kind, value = field.name, type(field.default), getattr(self, field.name)
+            least = 0 if name in ("overlap", "num_classes", "registers", "cell", "window") else 1
+            if type(value) is not kind and (type(value), kind) != (int, float) or kind is int and value < least:
+                wanted = f"whole number from {least} up" if kind is int else kind.__name__
+                raise ValueError(f"{name} must be a {wanted}, not {reprlib.repr(value)}")
+        size, patch, cell, dim, heads, ratio = (
+            self.image_size, self.patch_size, self.cell, self.dim, self.heads, self.mlp_ratio)
+        for message, wrong in {
+            f"mlp_ratio must give the MLP at least one channel, not be {ratio}": not 1 <= dim * ratio < math.inf,
+            f"dropout must be at least 0 and below 1, not {self.dropout}": not 0 <= self.dropout < 1,
+            f"drop_path must be at least 0 and below 1, not {self.drop_path}": not 0 <= self.drop_path < 1,
+            f"image_size {size} is not a multiple of patch_size {patch}": size % patch,
+            f"cell {cell} must be a multiple of patch_size {patch} and divide image_size {size}":
+                cell and (cell % patch or size % cell),
+            f"dim {dim} is not a multiple of heads {heads}": dim % heads,
+            f'positions must be "learned" or "rotary", not {reprlib.repr(self.positions)}':
+                self.positions not in ("learned", "rotary"),
+            f"rotary positions need heads of a multiple of 4 wide, not {dim} / {heads}":
+                self.positions == "rotary" and dim // heads % 4,
+        }.items():
+            if wrong:
+                raise ValueError(message)
 
     @property
     def mlp_dim(self):
@@ -93,24 +96,21 @@ class ViTConfig:
             return sum(parameter.numel() for parameter in ViT(self).parameters())
 
     def flops(self, height=None, width=None):
-        """FLOPs of a forward pass of one image of height x width px (default: image_size). A multiply-add counts as 2,
-        and only matrix products count."""
+        """FLOPs of a forward pass of one image (default: of image_size): 2 for a multiply-add, matrix products alone."""
         height, width = height or self.image_size, width or self.image_size
         patches = (height // self.patch_size) * (width // self.patch_size)
-        tokens = patches + self.class_token
+        tokens = patches + self.class_token + self.registers
         labels = (height // self.cell) * (width // self.cell) if self.cell else 1
         patch = self.in_channels * (self.patch_size + 2 * self.overlap) ** 2
         block = tokens * self.dim * (4 * self.dim + 2 * self.mlp_dim + 2 * tokens)  # qkv and proj, MLP, attention
         return 2 * (patches * patch * self.dim + self.depth * block + labels * self.dim * self.num_classes)
 
 
-# Width, blocks and heads (Dosovitskiy 2021, table 1; Ti and S: Touvron 2021, arXiv:2012.12877, table 1)
-PRESETS = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
-
-
 def read_checkpoint(path):
     """What torch.save wrote to a file, on the CPU. Only tensors and plain values are read, so a file cannot run code,
     and never more bytes than it has. ValueError in one line for all else, OSError where there is no such file."""
+    plain = {"collections OrderedDict", "torch Size",           # what a pickle of tensors and plain values calls
+             "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError("it is not a regular file")            # a pipe would be waited for
     with open(path, "rb") as file:
@@ -124,7 +124,7 @@ def read_checkpoint(path):
             for opcode, name, _ in pickletools.genops(archive.read(pickled)):
                 if opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"):
                     raise ValueError("it is not of tensors and plain values in pickle protocol 2")
-                if opcode.name == "GLOBAL" and name not in PLAIN and not re.fullmatch(r"torch \w+Storage", name):
+                if opcode.name == "GLOBAL" and name not in plain and not re.fullmatch(r"torch \w+Storage", name):
                     raise ValueError(f"it holds {name.replace(' ', '.')[:100]}; only tensors and plain values are read")
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -134,37 +134,16 @@ def read_checkpoint(path):
             raise ValueError(f"it is damaged, or no file of torch.save ({type(error).__name__})") from None
 
 
-# What a pickle of tensors and plain values calls
-PLAIN = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "torch Size"}
-
-
-def drop_path(branch, rate, training):
-    """A residual branch (B, N, dim), left out for a share `rate` of the images and scaled up for the others."""
-    if not training or rate == 0:
-        return branch
-    keep = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= rate
-    return branch * keep.to(branch.dtype) / (1 - rate)
-
-
 def rotary_table(rows, columns, head_dim, prefix, device):
     """Cosines and sines, each (prefix + rows * columns, head_dim), that turn the heads of the patch at each row and
-    column, and leave the prefix as it is.
-
-    Half of a head's pairs of channels turn with the row, half with the column, at frequencies from 1 radian a patch
-    down to 1/100: fast enough to tell neighbours apart, slow enough to tell the ends of a long image apart.
-    """
+    column, and leave the prefix as it is. Half of a head's pairs of channels turn with the row, half with the column,
+    at frequencies from 1 radian a patch down to 1/100: fast enough to tell neighbours apart, slow enough to tell the
+    ends of a long image apart."""
     frequency = 100 ** -torch.linspace(0, 1, head_dim // 4, device=device)
-    by_row = torch.arange(rows, device=device)[:, None] * frequency        # (rows, head_dim / 4)
-    by_column = torch.arange(columns, device=device)[:, None] * frequency  # (columns, head_dim / 4)
-    angle = torch.cat((by_row[:, None].expand(-1, columns, -1), by_column.expand(rows, -1, -1)), dim=-1).flatten(0, 1)
-    angle = F.pad(angle, (0, 0, prefix, 0))                                # (prefix + N, head_dim / 2)
+    places = torch.cartesian_prod(*(torch.arange(n, device=device) for n in (rows, columns)))   # (N, 2)
+    angle = F.pad((places[:, :, None] * frequency).flatten(1), (0, 0, prefix, 0))   # (prefix + N, head_dim / 2)
     cos, sin = angle.cos(), angle.sin()
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)   # the signs that `rotate` needs
-
-
-def rotate(x, cos, sin):
-    """Turn the channel pairs (i, i + head_dim / 2) of x (..., N, head_dim) by the angles of `rotary_table`."""
-    return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, dims=-1) * sin.to(x.dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)   # the signs that `Attention` needs
 
 
 def window_bias(rows, columns, window, prefix, device):
@@ -173,18 +152,17 @@ def window_bias(rows, columns, window, prefix, device):
     row, column = (torch.arange(n, device=device) for n in (rows, columns))
     near_rows, near_columns = ((line[:, None] - line).abs() <= window for line in (row, column))
     near = (near_rows[:, None, :, None] & near_columns[None, :, None, :]).flatten(2).flatten(0, 1)      # (N, N)
-    near = F.pad(near, (prefix, 0, prefix, 0), value=True)
-    return torch.where(near, 0.0, -math.inf)
+    return torch.where(F.pad(near, (prefix, 0, prefix, 0), value=True), 0.0, -math.inf)
 
 
 def resample_positions(positions, prefix, rows, columns):
     """Learned positions (1, prefix + grid * grid, dim) -> (1, prefix + rows * columns, dim), bicubic and anti-aliased.
-
     Interpolation is linear and separable, so it is a product with two matrices. Only these come from F.interpolate,
     whose backward pass torch.compile cannot do for varying sizes.
     """
     grid = math.isqrt(positions.shape[1] - prefix)
-    if (rows, columns) == (grid, grid):
+    # Where an export leaves a size open it is a symbol, no int, and must not be compared
+    if isinstance(rows, int) and isinstance(columns, int) and (rows, columns) == (grid, grid):
         return positions
     one = torch.eye(grid, device=positions.device)[None, None]
     by_row, by_column = (F.interpolate(one, (n, grid), mode="bicubic", antialias=True)[0, 0] for n in (rows, columns))
@@ -193,22 +171,16 @@ def resample_positions(positions, prefix, rows, columns):
     return torch.cat((positions[:, :prefix], table[None]), dim=1)
 
 
-class PatchEmbedding(nn.Module):
-    """Images (B, C, H, W) -> tokens (B, N, dim) in reading order: one linear projection of every patch.
-
-    The weights are a convolution's, as in other ViTs, but used in one matrix product: it returns contiguous tokens,
-    where a convolution's have channels first, which all that follows has to copy (a training step takes x0.83 to x0.9).
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.stride, self.overlap, self.side = config.patch_size, config.overlap, config.patch_size + 2 * config.overlap
-        self.proj = nn.Conv2d(config.in_channels, config.dim, self.side, self.stride, self.overlap)
+class PatchEmbedding(nn.Conv2d):
+    """Images (B, C, H, W) -> (B, dim, rows, columns): a convolution, computed as one matrix product over all patches.
+    Its channels are side by side in memory, so tokens are a view; torch's own have to be copied (a training step takes
+    x0.83 to x0.9)."""
 
     def forward(self, images):
-        x = F.pad(images, [self.overlap] * 4).unfold(2, self.side, self.stride).unfold(3, self.side, self.stride)
-        patches = x.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)          # (B, N, C * side * side)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        side, stride, overlap = self.kernel_size[0], self.stride[0], self.padding[0]
+        x = F.pad(images, [overlap] * 4).unfold(2, side, stride).unfold(3, side, stride)
+        patches = x.permute(0, 2, 3, 1, 4, 5).flatten(3)            # (B, rows, columns, C * side * side)
+        return F.linear(patches, self.weight.flatten(1), self.bias).movedim(3, 1)
 
 
 class Attention(nn.Module):
@@ -222,12 +194,13 @@ class Attention(nn.Module):
         B, N, D = x.shape
         q, k, v = (t.view(B, N, self.heads, D // self.heads).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
         if rotary is not None:                                      # q, k, v: (B, heads, N, D / heads)
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
-        if bias is not None:
-            bias = bias.to(q.dtype)                                 # (N, N)
+            cos, sin = (t.to(q.dtype) for t in rotary)              # turns the channel pairs (i, i + D / heads / 2)
+            q, k = (t * cos + t.roll(t.shape[-1] // 2, dims=-1) * sin for t in (q, k))
+        bias = None if bias is None else bias.to(q.dtype)           # (N, N)
         # On a CPU the plain form beats torch's kernel where sequences are short: forward and backward it takes x0.5 to
         # x0.9 of the kernel's time at 64 tokens in float32; in bfloat16 x0.13 at 64, x0.45 at 256, x0.7 at 576
-        if maps is not None or x.is_cpu and N <= (512 if q.dtype == torch.bfloat16 else 64):
+        few = isinstance(N, int) and N <= (512 if q.dtype == torch.bfloat16 else 64)    # N may be a symbol: see above
+        if maps is not None or x.is_cpu and few:
             scores = q * q.shape[-1] ** -0.5 @ k.mT                 # (B, heads, N, N): from each token to all
             weights = (scores if bias is None else scores + bias).softmax(-1)
             if maps is not None:
@@ -238,14 +211,15 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 
-class MLP(nn.Module):
-    def __init__(self, config):
+class LayerScale(nn.Module):
+    """A branch (B, N, dim) times a learned vector. It starts at 1e-5, as in timm: each block starts as the identity."""
+
+    def __init__(self, dim):
         super().__init__()
-        self.fc1 = nn.Linear(config.dim, config.mlp_dim)
-        self.fc2 = nn.Linear(config.mlp_dim, config.dim)
+        self.gamma = nn.Parameter(torch.full((dim,), 1e-5))
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+        return x * self.gamma
 
 
 class Block(nn.Module):
@@ -255,48 +229,74 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
         self.attn = Attention(config)
+        self.ls1 = LayerScale(config.dim) if config.layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
-        self.mlp = MLP(config)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(config.dim, config.mlp_dim), act=nn.GELU(), fc2=nn.Linear(config.mlp_dim, config.dim)))
+        self.ls2 = LayerScale(config.dim) if config.layer_scale else nn.Identity()
         self.dropout, self.drop_path_rate = config.dropout, drop_path_rate
 
     def forward(self, x, rotary=None, bias=None, maps=None):
-        x = x + self.branch(self.attn(self.norm1(x), rotary, bias, maps))
-        return x + self.branch(self.mlp(self.norm2(x)))
+        x = x + self.branch(self.ls1(self.attn(self.norm1(x), rotary, bias, maps)))
+        return x + self.branch(self.ls2(self.mlp(self.norm2(x))))
 
     def branch(self, x):
-        return drop_path(F.dropout(x, self.dropout, self.training), self.drop_path_rate, self.training)
+        """A branch (B, N, dim). Drop path leaves it out for a share of the images, and scales it up for the others."""
+        x = F.dropout(x, self.dropout, self.training)
+        if self.training and self.drop_path_rate:
+            keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.drop_path_rate
+            x = x * keep.to(x.dtype) / (1 - self.drop_path_rate)
+        return x
+
+
+# What a state dict is that does not fit: how a name in it begins, and what to do. {0}, {1}: the shape of the tensor
+CLUES = {
+    r"(module|_orig_mod)\.": 'of a wrapped model; rename to name.split("module.")[-1].split("_orig_mod.")[-1]',
+    r"(model|state_dict|teacher)$": "the state dict is one level down",
+    r"register_tokens|mask_token": "DINOv2 by Meta; rename register_tokens to reg_token, leave out mask_token",
+    r"blocks\.0\.gamma_1": "DeiT III by Meta; rename gamma_1 and gamma_2 to ls1.gamma and ls2.gamma",
+    r"blocks\.0\.ls1\.gamma": "layer_scale=True",
+    r"cls_token": "class_token=True",
+    r"reg_token": "registers={1}",
+    r"pos_embed": "n * n positions: class_position=False; 1 more: True; yet more: add those of registers to reg_token",
+    r"patch_embed\.proj\.weight": "dim={0}, in_channels={1}, patch_size={2}",
+    r"head\.weight": "num_classes={0}; for other classes leave out head and pass strict=False",
+    r"dist_token|head_dist|fc_norm|norm_pre|blocks\.0\.mlp\.w12":
+        "another model: distilled (dist), with a norm after the mean (fc_norm), CLIP (norm_pre) or with SwiGLU (w12)",
+}
 
 
 class ViT(nn.Module):
-    """The model. forward: float (B, C, H, W) -> logits, (B, num_classes) or (B, H / cell, W / cell, num_classes).
+    """The model. forward: float (B, C, H, W) -> logits, (B, num_classes) or (B, H / cell, W / cell, num_classes). With
+    num_classes=0 there is no head: features come out, (B, dim) or (B, H / cell, W / cell, dim).
 
     H and W may be any multiples of patch_size and cell (ValueError otherwise). Learned positions are resampled, as they
-    are by load_state_dict for weights of another resolution; rotary positions need no change.
+    are by load_state_dict for weights of another resolution; rotary positions need no change. Tokens are in the order
+    class, registers, patches. For activation checkpointing, do this with each block of `blocks`:
+    block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        grid = config.image_size // config.patch_size
-        self.patch_embed = PatchEmbedding(config)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim)) if config.class_token else None
-        self.pos_embed = None
-        if config.positions == "learned":
-            self.pos_embed = nn.Parameter(torch.zeros(1, config.class_token + grid * grid, config.dim))
+        self.prefix = config.class_token + config.registers             # tokens before those of the patches
+        self.placed = int(config.class_token and config.class_position)  # of these, how many have learned positions
+        side, grid = config.patch_size + 2 * config.overlap, config.image_size // config.patch_size
+        self.patch_embed = nn.Sequential(OrderedDict(
+            proj=PatchEmbedding(config.in_channels, config.dim, side, config.patch_size, config.overlap)))
         rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
-        self.head = nn.Linear(config.dim, config.num_classes)
-        self.apply(self.init_weights)
-        for parameter in (self.cls_token, self.pos_embed):
-            if parameter is not None:
-                nn.init.trunc_normal_(parameter, std=0.02)
+        self.head = nn.Linear(config.dim, config.num_classes) if config.num_classes else nn.Identity()
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)  # a narrow model starts far slower from the usual std of 0.02
+                nn.init.zeros_(module.bias)
 
-    @staticmethod
-    def init_weights(module):
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)  # a narrow model starts far slower from the usual std of 0.02
-            nn.init.zeros_(module.bias)
+        def learned(n):                                                 # (1, n, dim)
+            return nn.Parameter(nn.init.trunc_normal_(torch.zeros(1, n, config.dim), std=0.02)) if n else None
+        self.cls_token, self.reg_token = learned(int(config.class_token)), learned(config.registers)
+        self.pos_embed = learned(self.placed + grid * grid if config.positions == "learned" else 0)
 
     @classmethod
     def load(cls, path):
@@ -322,42 +322,59 @@ class ViT(nn.Module):
             with torch.device("meta"):
                 model = cls(config)
             model.load_state_dict(state, assign=True)
-        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:    # for other dictionaries
+        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, OverflowError) as error:  # other files
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise ValueError(f"{path} is not a checkpoint of this model: {reason}") from None
         return model.eval()
 
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """As torch's. Where a state dict does not fit, the RuntimeError first says what it looks like."""
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            message = str(error)
+            for start, advice in reversed(CLUES.items()):
+                name = next((name for name in state_dict if re.match(start, name) and name in str(error)), None)
+                if name:
+                    shape = tuple(getattr(state_dict[name], "shape", ()))
+                    message = f"the state dict has {name} {shape}: {advice.format(*shape, *'???')}\n{message}"
+            raise RuntimeError(message) from None
+
     def _load_from_state_dict(self, state_dict, prefix, *args):  # what load_state_dict calls for every module
         positions, grid = state_dict.get(prefix + "pos_embed"), self.config.image_size // self.config.patch_size
         if self.pos_embed is not None and isinstance(positions, torch.Tensor) and positions.ndim == 3:
-            first = int(self.config.class_token)
-            patches = positions.shape[1] - first
-            if math.isqrt(max(patches, 0)) ** 2 == patches:         # otherwise torch's own message is clear
-                state_dict[prefix + "pos_embed"] = resample_positions(positions, first, grid, grid)
+            patches = max(positions.shape[1] - self.placed, 0)
+            if patches and math.isqrt(patches) ** 2 == patches:     # otherwise torch's own message is clear
+                state_dict[prefix + "pos_embed"] = resample_positions(positions, self.placed, grid, grid)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, images):
-        x = self.forward_features(images)                           # (B, N, dim)
+        x = self.forward_features(images)                           # (B, prefix + N, dim)
         if self.config.cell:                                        # the mean over each cell's k x k tokens
             rows, columns = self.grid_of(images)
             k = self.config.cell // self.config.patch_size
-            x = x.unflatten(1, (rows // k, k, columns // k, k)).mean((2, 4))
-        else:                                                       # the class token, or the mean over all tokens
-            x = x[:, 0] if self.config.class_token else x.mean(1)
+            x = x[:, self.prefix:].unflatten(1, (rows // k, k, columns // k, k)).mean((2, 4))
+        else:                                                       # the class token, or the mean over all patches
+            x = x[:, 0] if self.config.class_token else x[:, self.prefix:].mean(1)
         return self.head(x)
 
     def forward_features(self, images, maps=None):
-        """Images (B, C, H, W) -> normalised tokens (B, N, dim), the class token first. Blocks append their attention
-        (B, heads, N, N) to the list `maps`, if there is one."""
+        """Images (B, C, H, W) -> normalised tokens (B, prefix + N, dim): class token, registers, patches. Blocks append
+        their attention (B, heads, prefix + N, prefix + N) to the list `maps`, if there is one."""
         rows, columns = self.grid_of(images)
         # The residual stream keeps the parameters' dtype under autocast too: torch's CPU kernel sums a LayerNorm's
         # gradients in the dtype of its input. In bfloat16, over 2,048 tokens, they came out at 0.2 to 0.4 of their size
-        x = self.patch_embed(images).to(self.norm.weight.dtype)     # (B, N, dim)
-        if self.config.class_token:
-            x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
-        prefix, rotary, bias = int(self.config.class_token), None, None
+        x = self.patch_embed(images).flatten(2).mT.to(self.norm.weight.dtype)   # (B, dim, rows, columns) -> (B, N, dim)
+        first = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        if first:
+            x = torch.cat((*first, x), dim=1)                       # (B, prefix + N, dim)
+        prefix, placed, rotary, bias = self.prefix, self.placed, None, None
         if self.config.positions == "learned":
-            x = x + resample_positions(self.pos_embed, prefix, rows, columns)
+            positions = resample_positions(self.pos_embed, placed, rows, columns)
+            if prefix > placed:                                     # zeros for tokens that have no position
+                zeros = positions.new_zeros(1, prefix - placed, self.config.dim)
+                positions = torch.cat((positions[:, :placed], zeros, positions[:, placed:]), dim=1)
+            x = x + positions
         else:
             rotary = rotary_table(rows, columns, self.config.dim // self.config.heads, prefix, x.device)
         if self.config.window:
@@ -368,7 +385,7 @@ class ViT(nn.Module):
         return self.norm(x)
 
     def attention_maps(self, images):
-        """Images (B, C, H, W) -> (depth, B, heads, N, N): how much each token (row) takes from each (column)."""
+        """Images -> (depth, B, heads, prefix + N, prefix + N): how much each token (row) takes from each (column)."""
         maps = []
         self.forward_features(images, maps)
         return torch.stack(maps)
