@@ -643,8 +643,8 @@ def check_fits(path, checkpoint, kind, config, eval_only):
     if checkpoint["data"] != kind:
         raise ValueError(f"{path} was trained on {checkpoint['data']} digits, these are {kind} ones")
     free = ("image_size", "dropout", "drop_path") if eval_only else ()
-    saved = checkpoint["config"]
-    changed = [name for name, value in asdict(config).items() if name not in free and saved.get(name) != value]
+    saved = asdict(ViTConfig(**checkpoint["config"]))   # an older one does not know every field
+    changed = [name for name, value in asdict(config).items() if name not in free and saved[name] != value]
     if changed:
         raise ValueError(f"{path} has another model: {', '.join(changed)} cannot change")
 

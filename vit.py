@@ -10,10 +10,9 @@ With `cell` > 0 the same model labels every cell of a grid over the image, so it
 
 An image goes through it as patches -> tokens -> `depth` blocks of attention and MLP -> norm -> head: `ViT.forward`.
 Parameters have the names and shapes of timm's VisionTransformer, so that public weights load: DeiT, AugReg, DINOv2.
-Sources: ViT (Dosovitskiy 2021, arXiv:2010.11929), pre-norm blocks (Xiong 2020, arXiv:2002.04745), rotary positions (Su
-2021, arXiv:2104.09864) along both axes (Heo 2024, arXiv:2403.13298), attention within a window (Ramachandran 2019,
-arXiv:1906.05909), drop path (Huang 2016, arXiv:1603.09382), LayerScale (Touvron 2021, arXiv:2103.17239), registers
-(Darcet 2023, arXiv:2309.16588).
+Sources: ViT (Dosovitskiy 2021, arXiv:2010.11929), pre-norm (Xiong 2020, arXiv:2002.04745), rotary positions (Su 2021,
+arXiv:2104.09864; in 2D Heo 2024, arXiv:2403.13298), windows (Ramachandran 2019, arXiv:1906.05909), drop path (Huang
+2016, arXiv:1603.09382), LayerScale (Touvron 2021, arXiv:2103.17239), registers (Darcet 2023, arXiv:2309.16588).
 """
 import math
 import os
@@ -68,10 +67,9 @@ class ViTConfig:
             if type(value) is not kind and (type(value), kind) != (int, float) or kind is int and value < least:
                 wanted = f"whole number from {least} up" if kind is int else kind.__name__
                 raise ValueError(f"{name} must be a {wanted}, not {reprlib.repr(value)}")
-        size, patch, cell, dim, heads, ratio = (
-            self.image_size, self.patch_size, self.cell, self.dim, self.heads, self.mlp_ratio)
+        size, patch, cell, dim, heads = self.image_size, self.patch_size, self.cell, self.dim, self.heads
         for message, wrong in {
-            f"mlp_ratio must give the MLP at least one channel, not be {ratio}": not 1 <= dim * ratio < math.inf,
+            f"mlp_ratio {self.mlp_ratio} of dim {dim} is no width of an MLP": not 1 <= dim * self.mlp_ratio < math.inf,
             f"dropout must be at least 0 and below 1, not {self.dropout}": not 0 <= self.dropout < 1,
             f"drop_path must be at least 0 and below 1, not {self.drop_path}": not 0 <= self.drop_path < 1,
             f"image_size {size} is not a multiple of patch_size {patch}": size % patch,
@@ -96,7 +94,7 @@ class ViTConfig:
             return sum(parameter.numel() for parameter in ViT(self).parameters())
 
     def flops(self, height=None, width=None):
-        """FLOPs of a forward pass of one image (default: of image_size): 2 for a multiply-add, matrix products alone."""
+        """FLOPs of a forward pass of one image, by default of image_size: 2 a multiply-add, matrix products alone."""
         height, width = height or self.image_size, width or self.image_size
         patches = (height // self.patch_size) * (width // self.patch_size)
         tokens = patches + self.class_token + self.registers
@@ -109,8 +107,7 @@ class ViTConfig:
 def read_checkpoint(path):
     """What torch.save wrote to a file, on the CPU. Only tensors and plain values are read, so a file cannot run code,
     and never more bytes than it has. ValueError in one line for all else, OSError where there is no such file."""
-    plain = {"collections OrderedDict", "torch Size",           # what a pickle of tensors and plain values calls
-             "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}
+    plain = r"torch \w+Storage|torch Size|torch\._utils _rebuild_(tensor_v2|parameter)|collections OrderedDict"
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError("it is not a regular file")            # a pipe would be waited for
     with open(path, "rb") as file:
@@ -124,7 +121,7 @@ def read_checkpoint(path):
             for opcode, name, _ in pickletools.genops(archive.read(pickled)):
                 if opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"):
                     raise ValueError("it is not of tensors and plain values in pickle protocol 2")
-                if opcode.name == "GLOBAL" and name not in plain and not re.fullmatch(r"torch \w+Storage", name):
+                if opcode.name == "GLOBAL" and not re.fullmatch(plain, name):
                     raise ValueError(f"it holds {name.replace(' ', '.')[:100]}; only tensors and plain values are read")
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -158,8 +155,7 @@ def window_bias(rows, columns, window, prefix, device):
 def resample_positions(positions, prefix, rows, columns):
     """Learned positions (1, prefix + grid * grid, dim) -> (1, prefix + rows * columns, dim), bicubic and anti-aliased.
     Interpolation is linear and separable, so it is a product with two matrices. Only these come from F.interpolate,
-    whose backward pass torch.compile cannot do for varying sizes.
-    """
+    whose backward pass torch.compile cannot do for varying sizes."""
     grid = math.isqrt(positions.shape[1] - prefix)
     # Where an export leaves a size open it is a symbol, no int, and must not be compared
     if isinstance(rows, int) and isinstance(columns, int) and (rows, columns) == (grid, grid):
@@ -273,8 +269,7 @@ class ViT(nn.Module):
     H and W may be any multiples of patch_size and cell (ValueError otherwise). Learned positions are resampled, as they
     are by load_state_dict for weights of another resolution; rotary positions need no change. Tokens are in the order
     class, registers, patches. For activation checkpointing, do this with each block of `blocks`:
-    block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
-    """
+    block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)"""
 
     def __init__(self, config):
         super().__init__()
@@ -301,9 +296,7 @@ class ViT(nn.Module):
     @classmethod
     def load(cls, path):
         """The model of a checkpoint {"config": fields of ViTConfig, "average": state dict}, in eval mode, on the CPU.
-
-        ValueError in one line if it is no such checkpoint. Nothing is built before the tensors are known to fit.
-        """
+        ValueError in one line if it is no such checkpoint. Nothing is built before the tensors are known to fit."""
         try:
             checkpoint = read_checkpoint(path)
             config, state = ViTConfig(**checkpoint["config"]), checkpoint["average"]
@@ -343,24 +336,22 @@ class ViT(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):  # what load_state_dict calls for every module
         positions, grid = state_dict.get(prefix + "pos_embed"), self.config.image_size // self.config.patch_size
         if self.pos_embed is not None and isinstance(positions, torch.Tensor) and positions.ndim == 3:
-            patches = max(positions.shape[1] - self.placed, 0)
-            if patches and math.isqrt(patches) ** 2 == patches:     # otherwise torch's own message is clear
+            patches = positions.shape[1] - self.placed
+            if patches == math.isqrt(max(patches, 1)) ** 2:         # otherwise they do not fit, and torch says so
                 state_dict[prefix + "pos_embed"] = resample_positions(positions, self.placed, grid, grid)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, images):
-        x = self.forward_features(images)                           # (B, prefix + N, dim)
-        if self.config.cell:                                        # the mean over each cell's k x k tokens
+        x, k = self.forward_features(images), self.config.cell // self.config.patch_size    # (B, prefix + N, dim)
+        if self.config.cell:                                        # the mean over each cell's k x k patches
             rows, columns = self.grid_of(images)
-            k = self.config.cell // self.config.patch_size
             x = x[:, self.prefix:].unflatten(1, (rows // k, k, columns // k, k)).mean((2, 4))
         else:                                                       # the class token, or the mean over all patches
             x = x[:, 0] if self.config.class_token else x[:, self.prefix:].mean(1)
         return self.head(x)
 
     def forward_features(self, images, maps=None):
-        """Images (B, C, H, W) -> normalised tokens (B, prefix + N, dim): class token, registers, patches. Blocks append
-        their attention (B, heads, prefix + N, prefix + N) to the list `maps`, if there is one."""
+        """Images (B, C, H, W) -> normalised tokens (B, prefix + N, dim). Blocks append their attention to `maps`."""
         rows, columns = self.grid_of(images)
         # The residual stream keeps the parameters' dtype under autocast too: torch's CPU kernel sums a LayerNorm's
         # gradients in the dtype of its input. In bfloat16, over 2,048 tokens, they came out at 0.2 to 0.4 of their size
@@ -370,11 +361,10 @@ class ViT(nn.Module):
             x = torch.cat((*first, x), dim=1)                       # (B, prefix + N, dim)
         prefix, placed, rotary, bias = self.prefix, self.placed, None, None
         if self.config.positions == "learned":
-            positions = resample_positions(self.pos_embed, placed, rows, columns)
-            if prefix > placed:                                     # zeros for tokens that have no position
-                zeros = positions.new_zeros(1, prefix - placed, self.config.dim)
-                positions = torch.cat((positions[:, :placed], zeros, positions[:, placed:]), dim=1)
-            x = x + positions
+            table = resample_positions(self.pos_embed, placed, rows, columns)
+            if placed < prefix:                                     # zeros for the tokens that have no position
+                table = torch.cat((F.pad(table[:, :placed], (0, 0, 0, prefix - placed)), table[:, placed:]), dim=1)
+            x = x + table                                           # (B, prefix + N, dim)
         else:
             rotary = rotary_table(rows, columns, self.config.dim // self.config.heads, prefix, x.device)
         if self.config.window:
