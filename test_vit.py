@@ -6,6 +6,7 @@ os.environ["OMP_NUM_THREADS"] = "1"     # of child processes too: on a busy mach
 import contextlib
 import copy
 import dataclasses
+import functools
 import gzip
 import hashlib
 import http.server
@@ -686,11 +687,13 @@ def test_score():
 
 KINDS = [dict(), dict(in_channels=3, dropout=0.1, drop_path=0.1), dict(class_token=True, positions="rotary", window=1),
          dict(image_size=64, patch_size=8, overlap=4, cell=8, num_classes=11, positions="rotary"),
-         dict(image_size=64, patch_size=4, cell=8, num_classes=11), dict(class_token=True, overlap=2),
+         dict(image_size=64, patch_size=4, cell=8, num_classes=11), dict(class_token=True, overlap=2, registers=2),
          dict(image_size=56, cell=28), dict(positions="rotary"), dict(positions="rotary", window=1, cell=7),
+         dict(layer_scale=True, registers=1, num_classes=0, window=2), dict(class_token=True, registers=3, cell=14),
          dict(image_size=46, patch_size=2, dim=16, heads=1, positions="rotary", window=2),    # makes blocks of -inf
          dict(image_size=30, patch_size=3, in_channels=2, dim=36, heads=1, mlp_ratio=1.3, class_token=True, window=4),
-         dict(image_size=32, patch_size=16, num_classes=7, dim=96, heads=12, mlp_ratio=4, class_token=True)]
+         dict(image_size=32, patch_size=16, num_classes=7, dim=96, heads=12, mlp_ratio=4, class_token=True, registers=4,
+              class_position=False, layer_scale=True)]
 
 
 def noise(config, n=2, height=None, width=None):
@@ -727,24 +730,30 @@ def plain_forward(model, images):
         t = t - t.mean(-1, keepdim=True)
         return t / (t.square().mean(-1, keepdim=True) + 1e-6).sqrt() * state[name + ".weight"] + state[name + ".bias"]
 
+    def scaled(t, name):
+        return torch.einsum("bnd,d->bnd", t, state[name + ".gamma"]) if config.layer_scale else t
+
     def by_head(t):     # (B, N, dim) -> complex (B, heads, N, dim / heads / 2), turned by row and column
         t = t.unflatten(2, (config.heads, -1)).transpose(1, 2)
         return torch.complex(*t.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), angle)
 
     config, state = model.config, model.state_dict()
-    patch, side, first = config.patch_size, config.patch_size + 2 * config.overlap, int(config.class_token)
+    patch, side = config.patch_size, config.patch_size + 2 * config.overlap
+    front = {name: state[name] for name in ("cls_token", "reg_token") if name in state}
+    first = sum(t.shape[1] for t in front.values())
     rows, columns = images.shape[2] // patch, images.shape[3] // patch
     places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))            # (rows * columns, 2)
     padded = F.pad(images, [config.overlap] * 4)
     x = torch.stack([padded[:, :, top:top + side, left:left + side] for top, left in (patch * places).tolist()], 1)
     x = torch.einsum("bncpq,dcpq->bnd", x, state["patch_embed.proj.weight"]) + state["patch_embed.proj.bias"]
     angle = torch.zeros(first + len(places), config.dim // config.heads // 2)
-    if config.class_token:
-        x = torch.cat((state["cls_token"].expand(len(x), -1, -1), x), 1)
     if config.positions == "learned":
-        x = x + state["pos_embed"]
+        x = x + state["pos_embed"][:, -len(places):]
+        if config.class_token and config.class_position:
+            front["cls_token"] = front["cls_token"] + state["pos_embed"][:, 0]
     else:               # from 1 radian a patch to 1/100, half of the pairs by row and half by column
         angle[first:] = (places[:, :, None] * 0.01 ** torch.linspace(0, 1, angle.shape[1] // 2)).flatten(1)
+    x = torch.cat([t.expand(len(x), -1, -1) for t in front.values()] + [x], 1)
     apart, maps = torch.zeros(len(angle), len(angle), dtype=torch.bool), []
     apart[first:, first:] = (places[:, None] - places).abs().amax(-1) > (config.window or math.inf)
     for block in (f"blocks.{i}." for i in range(config.depth)):
@@ -752,15 +761,16 @@ def plain_forward(model, images):
         scores = (by_head(q) @ by_head(k).mH).real / (config.dim / config.heads) ** 0.5
         maps.append(scores.masked_fill(apart, -math.inf).softmax(-1))
         v = v.unflatten(2, (config.heads, -1))
-        x = x + linear(torch.einsum("bhnm,bmhd->bnhd", maps[-1], v).flatten(2), block + "attn.proj")
+        v = linear(torch.einsum("bhnm,bmhd->bnhd", maps[-1], v).flatten(2), block + "attn.proj")
+        x = x + scaled(v, block + "ls1")
         h = linear(norm(x, block + "norm2"), block + "mlp.fc1")
-        x = x + linear(h * (1 + torch.erf(h / 2**0.5)) / 2, block + "mlp.fc2")
+        x = x + scaled(linear(h * (1 + torch.erf(h / 2**0.5)) / 2, block + "mlp.fc2"), block + "ls2")
     tokens = x = norm(x, "norm")
     if config.cell:
-        x = F.avg_pool2d(x.mT.unflatten(2, (rows, columns)), config.cell // patch).movedim(1, 3)
+        x = F.avg_pool2d(x[:, first:].mT.unflatten(2, (rows, columns)), config.cell // patch).movedim(1, 3)
     else:
-        x = x[:, 0] if config.class_token else x.mean(1)
-    return tokens, torch.stack(maps), linear(x, "head")
+        x = x[:, 0] if config.class_token else x[:, first:].mean(1)
+    return tokens, torch.stack(maps), linear(x, "head") if config.num_classes else x
 
 
 @torch.no_grad()
@@ -773,7 +783,7 @@ def test_every_kind_of_model_is_what_a_plain_forward_says():
         for size in (own, (side, 3 * side), (config.image_size + side, config.image_size), (3 * side, 12 * side)):
             images = noise(config, 3, *size)
             logits, grid = model(images), (size[0] // side, size[1] // side) if config.cell else ()
-            assert logits.shape == (3, *grid, config.num_classes) and logits.isfinite().all(), fields
+            assert logits.shape == (3, *grid, config.num_classes or config.dim) and logits.isfinite().all(), fields
             assert_same(model.forward_features(images, []), model.forward_features(images), case=fields)
             if config.positions == "rotary" or size == own:
                 tokens, maps, expected = plain_forward(model, images)
@@ -785,7 +795,7 @@ def test_every_kind_of_model_is_what_a_plain_forward_says():
                 assert config.flops(*size) == counter.get_total_flops() / 3, fields
         assert config.num_parameters() == sum(parameter.numel() for parameter in model.parameters()), fields
     for name, parameter in model.named_parameters():    # tokens that are nearly constant show the eps of each norm
-        if re.search("patch_embed|cls_token|pos_embed|attn.proj|mlp.fc2", name):
+        if re.search("patch_embed|_token|pos_embed|attn.proj|mlp.fc2", name):
             parameter *= 1e-3
     assert_same(model(noise(config)), plain_forward(model, noise(config))[2])
 
@@ -807,7 +817,7 @@ def test_gradients_copies_and_bfloat16_of_every_kind_of_model(tmp_path):
             assert all(torch.equal(tensor, twin.state_dict()[name]) for name, tensor in state.items()), fields
         with torch.autocast("cpu", torch.bfloat16):
             half = model(images)
-        assert half.dtype == torch.bfloat16, fields
+        assert half.dtype == (torch.bfloat16 if model.config.num_classes else torch.float32), fields
         assert_same(half.float(), logits, 0.03, fields)
 
 
@@ -835,12 +845,13 @@ def test_model_and_config_refuse():
     for words, fields in [
             ("image_size 30 is not a multiple of patch_size 7", dict(image_size=30)), ("mlp_ratio", dict(mlp_ratio=0)),
             ("dim 66 is not a multiple of heads 4", dict(dim=66)), ("dim must be a whole number", dict(dim=64.0)),
-            ("cell 10 must be a multiple", dict(cell=10)), ("class_token is for", dict(class_token=True, cell=7)),
+            ("cell 10 must be a multiple", dict(cell=10)), ("registers must be", dict(registers=-1)),
             ("depth must be a whole number from 1 up, not 0", dict(depth=0)), ("dropout must be", dict(dropout=1.0)),
             ("window must be a whole number from 0 up, not -1", dict(window=-1)), ("drop_path", dict(drop_path=-0.1)),
             ('positions must be "learned" or "rotary"', dict(positions="sine")),
             ("heads of a multiple of 4 wide", dict(positions="rotary", dim=24)),
-            ("class_token must be a bool, not 'yes'", dict(class_token="yes")),
+            ("class_token must be a bool, not 'yes'", dict(class_token="yes")), ("num_classes", dict(num_classes=-1)),
+            ("layer_scale must be a bool, not 1", dict(layer_scale=1)), ("heads must be a whole", dict(heads=True)),
             ("dropout must be a float, not '0.1'", dict(dropout="0.1")),
             ("mlp_ratio must be a float, not None", dict(mlp_ratio=None))]:
         error = value_error_of(ViTConfig, **fields)
@@ -853,10 +864,13 @@ def test_parameters_have_the_names_that_public_weights_have():
     for block in ("blocks.0.", "blocks.1."):
         layers |= {block + "norm1": (48,), block + "attn.qkv": (144, 48), block + "attn.proj": (48, 48),
                    block + "norm2": (48,), block + "mlp.fc1": (192, 48), block + "mlp.fc2": (48, 192)}
-    expected = {"cls_token": (1, 1, 48), "pos_embed": (1, 17, 48)}
+    expected = {"cls_token": (1, 1, 48), "reg_token": (1, 4, 48), "pos_embed": (1, 16, 48),
+                **{f"blocks.{i}.ls{j}.gamma": (48,) for i in (0, 1) for j in (1, 2)}}
     for name, shape in layers.items():
         expected |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    model = shaken(image_size=32, patch_size=8, in_channels=3, num_classes=5, dim=48, mlp_ratio=4, class_token=True)
+    model = ViT(ViTConfig(image_size=32, patch_size=8, in_channels=3, num_classes=5, dim=48, mlp_ratio=4, depth=2,
+                          class_token=True, registers=4, class_position=False, layer_scale=True))
+    assert model.blocks[1].ls2.gamma.unique().tolist() == [torch.tensor(1e-5).item()]   # timm starts with as much
     assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == expected
     assert shaken(dim=36, mlp_ratio=1.3).blocks[0].mlp.fc1.out_features == 46   # of 46.8: rounded down as elsewhere
 
@@ -872,7 +886,7 @@ def test_presets_are_the_published_sizes():
 def test_weights_of_another_resolution_load():
     from vit import resample_positions
     for first in (0, 1):
-        small, large = (shaken(image_size=size, class_token=bool(first)) for size in (28, 42))
+        small, large = (shaken(image_size=size, class_token=bool(first), registers=2 * first) for size in (28, 42))
         state, images = small.state_dict(), noise(large.config)
         large.load_state_dict(state)
         assert state["pos_embed"].shape[1] == first + 16            # what was loaded from stays as it was
@@ -886,8 +900,31 @@ def test_weights_of_another_resolution_load():
         nested = torch.nn.ModuleDict({"eye": ViT(large.config)})    # a part of a larger model
         nested.load_state_dict({f"eye.{name}": tensor for name, tensor in state.items()})
         assert torch.equal(nested["eye"].pos_embed, large.pos_embed)
-        with pytest.raises(RuntimeError, match="size mismatch for pos_embed"):
-            large.load_state_dict(state | {"pos_embed": torch.zeros(1, 12, 64)})
+        for positions in (12, first):
+            with pytest.raises(RuntimeError, match="size mismatch for pos_embed"):
+                large.load_state_dict(state | {"pos_embed": torch.zeros(1, positions, 64)})
+    bare = shaken(class_token=True, registers=2, class_position=False)      # its position can be in the class token
+    positions = state["pos_embed"]
+    bare.load_state_dict(state | {"cls_token": state["cls_token"] + positions[:, :1], "pos_embed": positions[:, 1:]})
+    assert_same(bare(images), small(images), 1e-6)
+
+
+def test_weights_that_do_not_fit_say_what_they_are():
+    state = shaken(class_token=True, registers=3, class_position=False, layer_scale=True).state_dict()
+    model, head = shaken(class_token=True, num_classes=0), torch.zeros(5, 64)
+    for clues, weights in [
+            (["blocks.0.ls1.gamma (64,): layer_scale=True", "reg_token (1, 3, 64): registers=3",
+              "pos_embed (1, 16, 64): n * n positions: class_position=False", "head.weight (10, 64): num_classes=10"],
+             state),
+            (['module.cls_token (1, 1, 64): of a wrapped model'], {f"module.{name}": state[name] for name in state}),
+            (["model (): the state dict is one level down"], {"model": state}),
+            (["mask_token (1, 64): DINOv2 by Meta"], model.state_dict() | {"mask_token": head[:1]}),
+            (["head_dist.weight (5, 64): another model: distilled"], model.state_dict() | {"head_dist.weight": head})]:
+        with pytest.raises(RuntimeError) as refused:
+            model.load_state_dict(weights)
+        told, _ = str(refused.value).split("Error(s) in loading state_dict for ViT:")
+        assert all(f"the state dict has {clue}" in told for clue in clues) and told.count("\n") == len(clues), told
+    model.load_state_dict(model.state_dict() | {"head.weight": head}, strict=False)     # no error here
 
 
 @torch.no_grad()
@@ -921,16 +958,85 @@ def test_compiled_gradients_are_the_same_at_any_size():
             assert_same(*(torch.cat([gradient.flatten() for gradient in each]) for each in (gradients, exact)))
 
 
-def test_exports():
-    for fields in KINDS[1:5]:
-        model = shaken(depth=1, **fields)
-        batch = {0: torch.export.Dim("batch", max=64)}
-        program = torch.export.export(model, (noise(model.config),), dynamic_shapes=(batch,)).module()
-        assert_same(program(noise(model.config, 5)), model(noise(model.config, 5)), case=fields)
+@pytest.mark.filterwarnings("ignore")       # the exporter's, about its own insides
+def test_exports_take_batches_and_images_of_any_size(tmp_path):
+    """In 8 to 74 tokens: both forms of attention. Where ONNX is not installed, torch.export alone."""
+    done, images = [], [torch.randn(n, 1, *size) for n, size in [(2, (28, 28)), (3, (56, 28)), (5, (42, 84))]]
+    for fields in [dict(class_token=True, registers=2), dict(positions="rotary", cell=14, window=1, overlap=2)]:
+        model, any_size = shaken(depth=1, **fields), {axis: torch.export.Dim.AUTO for axis in (0, 2, 3)}
+        program = torch.export.export(model, (images[0],), dynamic_shapes=(any_size,))
+        done.append((program, [model(each).detach() for each in images]))
+        for each, expected in zip(images, done[-1][1]):
+            assert_same(program.module()(each), expected, case=fields)
+    runtime = [pytest.importorskip(name) for name in ("onnx", "onnxscript", "onnxruntime")][-1]
+    for program, expected in done:
+        torch.onnx.export(program, f=tmp_path / "model.onnx", dynamo=True, verbose=False)
+        session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+        for each, logits in zip(images, expected):
+            assert abs(session.run(None, {"images": each.numpy()})[0] - logits.numpy()).max() < 1e-5
+
+
+def test_tools_around_a_model():
+    """Hooks see a convolution of patches; activation checkpointing is what ViT says; gradients of each image alone."""
+    model, seen = shaken(class_token=True, registers=2, layer_scale=True, dropout=0.1, drop_path=0.2).train(), []
+    images, proj, parameters = noise(model.config, 5), model.patch_embed.proj, dict(model.named_parameters())
+    proj.register_forward_hook(lambda module, given, output: seen.append(output))
+
+    def loss(parameters, images):
+        return torch.func.functional_call(model, parameters, (images,)).square().mean()
+
+    def gradients(images, by=lambda images: gradients_of(model, loss(parameters, images))):
+        torch.manual_seed(1)    # of dropout and drop path
+        return by(images)
+
+    alone, expected = [gradients(image[None]) for image in images], gradients(images)
+    assert_same(seen[-1], F.conv2d(images, proj.weight, proj.bias, proj.stride))
+    by_image = torch.vmap(torch.func.grad(loss), (None, 0), randomness="same")
+    for name, each in gradients(images[:, None], lambda images: by_image(parameters, images)).items():
+        assert_same(each, torch.stack([one[name] for one in alone]), case=name)
+    for block in model.blocks:
+        exec(re.search(r"block\.forward = .*\)", ViT.__doc__)[0], dict(block=block, torch=torch, functools=functools))
+        block.norm1.register_forward_hook(lambda *_: seen.append("block"))
+    assert all(torch.equal(each, expected[name]) for name, each in gradients(images).items())
+    assert seen.count("block") == 4     # each of the two went forward twice
+
+
+PARALLEL = """
+import sys, torch
+from torch.distributed.fsdp import fully_shard
+from vit import ViT, ViTConfig
+rank = int(sys.argv[2])
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=2)
+images = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+
+def sharded(model):
+    return [fully_shard(part) for part in (model.patch_embed.proj, *model.blocks, model)][-1]
+def compiled(model):
+    return torch.compile(torch.nn.parallel.DistributedDataParallel(model), backend="eager")
+def trained(wrap, images):
+    torch.manual_seed(0)
+    model = ViT(ViTConfig(depth=2, class_token=True, registers=2, layer_scale=True))
+    wrapped, optimizer = wrap(model), torch.optim.SGD(model.parameters(), 0.1)
+    wrapped(images).square().mean().backward()
+    optimizer.step()
+    return [t.full_tensor() if wrap is sharded else t.detach() for t in model.parameters()]
+plain = trained(lambda model: model, images)
+for wrap in (sharded, compiled):
+    for one, other in zip(trained(wrap, images.chunk(2)[rank]), plain, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm(), wrap
+"""
+
+
+def test_one_step_of_fsdp_and_of_ddp_with_compile_is_a_plain_step(tmp_path):
+    processes = [subprocess.Popen([sys.executable, "-c", PARALLEL, tmp_path / "meet", rank], cwd=HERE) for rank in "01"]
+    try:
+        assert [process.wait(120) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def test_dropout_and_drop_path():
-    from vit import drop_path
     for size, fields in itertools.product((28, 63), (dict(dropout=0.3), dict(drop_path=0.3))):
         plain, model = shaken(image_size=size), shaken(image_size=size, **fields)
         images = noise(plain.config)        # 16 or 81 tokens: two forms of attention
@@ -938,7 +1044,7 @@ def test_dropout_and_drop_path():
         assert not torch.equal(model.train()(images), model(images)), (size, fields)
     # A branch is left out for some images, more of them in later blocks, and scaled up for the others: its mean stays
     torch.manual_seed(0)
-    kept = drop_path(torch.ones(4000, 3, 5), 0.25, True)
+    kept = ViT(ViTConfig(drop_path=0.25)).blocks[-1].branch(torch.ones(4000, 3, 5))
     assert (kept == kept[:, :1, :1]).all() and set(kept.unique().tolist()) == {0, torch.tensor(4 / 3).item()}
     assert 0.96 < kept.mean() < 1.04
     assert [block.drop_path_rate for block in ViT(ViTConfig(depth=3, drop_path=0.5)).blocks] == [0, 0.25, 0.5]
@@ -955,7 +1061,12 @@ def test_a_seed_decides_everything():
 
 def test_snippets_of_the_readme_run_beside_vit_py_alone(tmp_path):
     shutil.copy(HERE / "vit.py", tmp_path)
-    torch.save({"model": ViT(ViTConfig.preset("Ti")).state_dict()}, tmp_path / "deit_tiny_patch16_224.pth")
+    with torch.device("meta"):
+        model = ViT(ViTConfig.preset("S", patch_size=14, image_size=518, num_classes=0, registers=4, layer_scale=True))
+    weights = {name: torch.full((1,), 0.01).expand(tensor.shape) for name, tensor in model.state_dict().items()}
+    torch.save(weights | {"pos_embed": weights["pos_embed"][:, 1:]}, tmp_path / "pytorch_model.bin")
+    weights |= {"register_tokens": weights.pop("reg_token"), "mask_token": torch.zeros(1, 384)}
+    torch.save(weights, tmp_path / "dinov2_vits14_reg4_pretrain.pth")
     snippets = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     assert len(snippets) >= 3
     for i, snippet in enumerate(snippets):      # the shapes that comments promise are checked too
@@ -1512,8 +1623,9 @@ def test_what_may_change_where_a_run_goes_on(finished, flags, tmp_path):
     moved = (tmp_path / "out").rename(tmp_path / "moved")
     checkpoint = checkpoint_of(moved)
     checkpoint["settings"].update(device="cuda:7", wandb=True)
-    for name in ("hard", "lr", "log_every"):
-        del checkpoint["settings"][name]
+    for part, name in [("settings", "hard"), ("settings", "lr"), ("settings", "log_every"),
+                       ("config", "registers"), ("config", "layer_scale"), ("config", "class_position")]:
+        del checkpoint[part][name]
     torch.save(checkpoint, moved / "ckpt.pt")
     train.main(["--phase=1", f"--out_dir={moved}", "--max_steps=8", "--batch_size=8", "--rotate=0", "--resume"])
     settings, lines = checkpoint_of(moved)["settings"], metrics(moved)
