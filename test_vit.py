@@ -1211,9 +1211,9 @@ def last_rows_forgotten(linear, x, *rest):
 ODD = {"odd-sized logits", "odd-sized gradients", "odd-sized each gradient"}
 STEP = ODD | {"logits", "gradients", "each gradient"}
 FAULTS = {  # name: where, what, how it goes wrong, flags, the checks that fail
-    "GELU is 1% too large": (F, "gelu", lambda gelu, x: 1.01 * gelu(x), "--phase=1", STEP),
-    "GELU is approximate": (F, "gelu", lambda gelu, x: gelu(x, approximate="tanh"), "--phase=2", STEP),
-    "GELU is NaN": (F, "gelu", lambda gelu, x: gelu(x) * math.nan, "--phase=1",
+    "GELU is 1% too large": (F, "gelu", lambda gelu, x, **_: 1.01 * gelu(x), "--phase=1", STEP),
+    "GELU is approximate": (F, "gelu", lambda gelu, x, **_: gelu(x, approximate="tanh"), "--phase=2", STEP),
+    "GELU is NaN": (F, "gelu", lambda gelu, x, **_: gelu(x) * math.nan, "--phase=1",
                     STEP | {"update", "odd-sized update", "training", "finite", "save and load"}),
     "a head is 5% too large": (F, "linear", one_head_too_large, "--phase=3 --depth=2 --heads=2 --dtype=bfloat16", STEP),
     "the last rows are forgotten": (F, "linear", last_rows_forgotten, "--phase=3", ODD),
@@ -1247,7 +1247,7 @@ def test_smoke_notices_a_faulty_device(monkeypatch, capsys):
             code, printed, failing = smoke(capsys, *TINY, *flags.split())
         assert (code, failing) == (1, expected), f"{fault}\n{printed}"
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise NotImplementedError("no such kernel\nand a long story")
 
     monkeypatch.setattr(F, "gelu", refuse)
