@@ -5,18 +5,23 @@
     python sample.py --phase=3 --canvas_size=128 --max_digits=16      # larger canvases than in training
     python sample.py --phase=3 --attention           # what each digit's cell attended to: out/phase3/attention.png
     python sample.py --phase=3 --image page.jpg       # your own pictures, as text and in out/phase3/image.png
+    python sample.py --phase=3 --page                # a page that reads what you draw on it: out/phase3/page.html
     python sample.py --curves --out_dir out/a out/b  # training curves of runs: out/a/curves.png (needs matplotlib)
 """
 import argparse
+import base64
+import hashlib
 import io
 import itertools
 import json
 import math
 import os
 import re
+import shlex
 import struct
 import sys
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,6 +75,9 @@ def parse(arguments):
     flag("--mistakes", action="store_true", help="show only canvases with mistakes, worst first")
     flag("--attention", action="store_true", help="show what each digit's cell attended to, in attention.png")
     flag("--curves", action="store_true", help="plot metrics.jsonl into curves.png (needs matplotlib)")
+    flag("--page", action="store_true", help="write page.html, one file that reads in a browser what is drawn on it")
+    flag("--page_dtype", choices=("float16", "float32"), default="float16",
+         help="of the weights on the page: float32 doubles its size (default: float16)")
     flag("--image", nargs="+", metavar="FILE", help="read these pictures: .npy, .pgm, or any format of Pillow")
     flag("--digit_height", type=float, help="height of digits anywhere in an --image, px (default: as measured)")
     flag("--json", action="store_true", help="print what is read in an --image as one JSON object a line")
@@ -145,16 +153,30 @@ def found_nearby(truth, best, empty):
     return pairs
 
 
-def figures(truth, best, classes, note=""):
-    """Confusion matrix, precision and recall, accuracy by number of digits: lines of at most 80 columns.
+def measure(truth, best, classes):
+    """The figures of what was read, a dict of plain values, which the terminal and the page show.
 
     truth, best: true and most probable classes of cells, int64 (n, gh, gw). classes: the number of digit classes; the
-    class after them is "empty". note: a remark on the digits for the heading.
+    class after them is "empty".
     """
     size = max(truth.max().item(), best.max().item(), classes - 1) + 1      # includes "empty" where it occurs
     confusion = torch.bincount((truth * size + best).flatten(), minlength=size * size).view(size, size)
-    right, true, read = (counts.tolist() for counts in (confusion.diagonal(), confusion.sum(1), confusion.sum(0)))
-    names = [str(i) for i in range(classes)] + ["empty"] * (size > classes)
+    score, by_count = data.score(best, truth, classes), []
+    for n in score.digits.unique().tolist():
+        exact, right = score.exact[score.digits == n], score.digits_right[score.digits == n]
+        by_count.append((n, len(exact), exact.sum().item(), right.sum().item()))
+    return {"names": [str(i) for i in range(classes)] + ["empty"] * (size > classes),
+            "confusion": confusion.tolist(),                                # true classes are rows, read ones columns
+            "by_count": by_count,                                           # digits, canvases, all right, digits right
+            "nearby": found_nearby(truth, best, classes) if size > classes else None}
+
+
+def figures(truth, best, classes, note=""):
+    """Confusion matrix, precision and recall, accuracy by number of digits, as `measure` finds them: lines of at most
+    80 columns. note: a remark on the digits for the heading."""
+    found = measure(truth, best, classes)
+    names, confusion, size = found["names"], found["confusion"], len(found["names"])
+    true, read = list(map(sum, confusion)), list(map(sum, zip(*confusion)))
 
     def count(n):  # in 5 columns
         return "." if n == 0 else f"{n}" if n < 10_000 else f"{n / 1000:.0f}k"
@@ -167,17 +189,15 @@ def figures(truth, best, classes, note=""):
     lines = ["", f"Cells{note}" + ": what is there (rows) and what is read (columns)" * bool(columns)]
     lines.append(" " * 5 + "".join(f"{names[i]:>{width}}" for i, width in columns.items()) + "   recall precision")
     for i in occur:
-        cells = "".join(f"{count(confusion[i, j].item()):>{width}}" for j, width in columns.items())
-        lines.append(f"{names[i]:>5}{cells}{share(right[i], true[i]):>9}{share(right[i], read[i]):>10}")
+        cells = "".join(f"{count(confusion[i][j]):>{width}}" for j, width in columns.items())
+        right = confusion[i][i]
+        lines.append(f"{names[i]:>5}{cells}{share(right, true[i]):>9}{share(right, read[i]):>10}")
 
-    score = data.score(best, truth, classes)
     lines += ["", f"{'digits on a canvas':>18}{'canvases':>10}{'all right':>11}{'digits right':>14}"]
-    for n in score.digits.unique().tolist():
-        exact, digits_right = score.exact[score.digits == n], score.digits_right[score.digits == n]
-        lines.append(f"{n:>18}{len(exact):>10,}{share(exact.sum().item(), len(exact)):>11}"
-                     f"{share(digits_right.sum().item(), n * len(exact)):>14}")
-    if size > classes:
-        pairs, true, read = found_nearby(truth, best, classes), sum(true[:classes]), sum(read[:classes])
+    for n, canvases, exact, right in found["by_count"]:
+        lines.append(f"{n:>18}{canvases:>10,}{share(exact, canvases):>11}{share(right, n * canvases):>14}")
+    if (pairs := found["nearby"]) is not None:
+        true, read = sum(true[:classes]), sum(read[:classes])
         lines += ["", f"Digits, at most one cell off: recall {share(pairs, true)}, precision {share(pairs, read)}, "
                   f"F1 {share(2 * pairs, true + read)}"]
     return lines
@@ -886,9 +906,10 @@ def run(flags):
     if flags.phase not in (None, checkpoint["phase"]):
         raise ValueError(f"{folder / 'ckpt.pt'} is of phase {checkpoint['phase']}, not {flags.phase}")
     model.to(train.pick_device(flags.device))
-    empty = checkpoint["canvas"]["classes"] if data.has_empty_cells(checkpoint["phase"]) else None
     if not flags.image:
-        return present(flags, folder, model, empty, *read_test_set(flags, checkpoint, model))
+        test = read_test_set(flags, checkpoint, model)
+        show = write_page if flags.page else present
+        return show(flags, folder, checkpoint, model, test)
     read_pictures(flags, folder, model)
 
 
@@ -954,9 +975,29 @@ def save_attention(flags, folder, attention):
         print("no attention.png: no digit was read")
 
 
+class TestSet(NamedTuple):
+    """Test canvases, and what a model reads on them."""
+    layout: data.Layout
+    canvases: torch.Tensor  # uint8 (n, H, W)
+    truth: torch.Tensor     # classes of cells, int64 (n, gh, gw)
+    logits: torch.Tensor    # float (n, gh, gw, classes)
+    best: torch.Tensor      # the classes that are read in the cells, int64 (n, gh, gw)
+    note: str               # a remark where the digits are not MNIST's
+
+    def worst(self):
+        """The canvases with mistakes, by number, worst first."""
+        loss = F.cross_entropy(self.logits.flatten(0, 2), self.truth.flatten(), reduction="none")
+        loss, wrong = loss.view(len(self.truth), -1).sum(1), (self.best != self.truth).flatten(1).any(1).nonzero()[:, 0]
+        return wrong[loss[wrong].argsort(descending=True, stable=True)].tolist()
+
+    def findings(self, i):
+        """What is read on a canvas against the truth, as `compare` has it."""
+        reading = data.read(self.logits[i:i + 1], self.layout.empty, self.layout.apart)[0]
+        return compare(reading, self.truth[i], self.layout.empty)
+
+
 def read_test_set(flags, checkpoint, model):
-    """Read the test set. Returns the fewest cells between its digits, examples (name, canvas, truth, logits) of the
-    canvases to show, and the figures."""
+    """Read the test set: a TestSet."""
     kind = checkpoint["data"]
     given = {"size": flags.canvas_size, "max_digits": flags.max_digits, "min_distance": flags.min_distance}
     options = checkpoint["canvas"] | {name: value for name, value in given.items() if value is not None}
@@ -968,34 +1009,1259 @@ def read_test_set(flags, checkpoint, model):
     print(f"reading {len(canvases):,} test canvases of {canvases.shape[1]} x {canvases.shape[2]} px{note}", flush=True)
     logits = logits_of(model, canvases)
     best = torch.cat([data.decode(batch, layout.empty, layout.apart) for batch in logits.split(10_000)])
-    order = torch.arange(len(canvases))
-    if flags.mistakes:
-        loss = F.cross_entropy(logits.flatten(0, 2), truth.flatten(), reduction="none").view(len(truth), -1).sum(1)
-        wrong = (best != truth).flatten(1).any(1)
-        order = order[wrong][loss[wrong].argsort(descending=True, stable=True)]
+    return TestSet(layout, canvases, truth, logits, best, note)
+
+
+def present(flags, folder, checkpoint, model, test):
+    """Print test canvases and figures, and save the PNG files."""
+    order = test.worst() if flags.mistakes else range(len(test.canvases))
     if flags.start >= len(order) > 0:
         raise ValueError(f"--start={flags.start}, but there are {len(order)} such canvases")
-    examples = [(f"test canvas {i}{note}", canvases[i], truth[i], logits[i])
-                for i in order[flags.start:flags.start + (flags.count or 16)].tolist()]
-    return layout.apart, examples, figures(truth, best, layout.classes, note)
-
-
-def present(flags, folder, model, empty, apart, examples, report):
-    """Print examples (name, canvas, truth, logits) and the lines of a report, and save the PNG files."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     tiles, attention = [], []
-    for number, (name, canvas, truth, logits) in enumerate(examples):
-        findings = compare(data.read(logits[None], empty, apart)[0], truth, empty)
+    for number, i in enumerate(order[flags.start:flags.start + (flags.count or 16)]):
+        name, canvas, findings = f"test canvas {i}{test.note}", test.canvases[i], test.findings(i)
         tiles.append(tile(canvas, findings, model.config.cell, f"{name}: {verdict(findings)}"))
         if number < (flags.count or 4):
             print(f"\n{name}", *draw(canvas, colour), *describe(findings, colour), sep="\n")
             if flags.attention and (details := attention_tiles(model, canvas, findings)):
                 attention.append([tiles[-1], *details])
-    print(*report, "", sep="\n")
-    if not examples:
+    print(*figures(test.truth, test.best, test.layout.classes, test.note), "", sep="\n")
+    if not tiles:
         return print("no sample.png: nothing is read wrong")
     save_png(folder / "sample.png", sheet(in_rows(tiles)))
     save_attention(flags, folder, attention)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page: one HTML file that reads in a browser what is drawn on it. PAGE, below, is what it is made of.
+
+SHOWN, CHECKED = 24, 8      # test canvases on the page, and those of them that bring torch's logits along
+MOST_POINTS = 400           # of a curve
+# What the arithmetic of the page knows: fields of ViTConfig, and parameters of ViT
+PAGE_FIELDS = {"image_size", "patch_size", "overlap", "in_channels", "num_classes", "dim", "depth", "heads",
+               "mlp_ratio", "dropout", "drop_path", "class_token", "cell", "positions", "window"}
+PAGE_PARAMETERS = re.compile(r"cls_token|pos_embed|(patch_embed\.proj|norm|head"
+                             r"|blocks\.\d+\.(norm1|attn\.qkv|attn\.proj|norm2|mlp\.fc1|mlp\.fc2))\.(weight|bias)")
+
+
+def write_page(flags, folder, checkpoint, model, test):
+    """Save page.html: the model, what it reads on test canvases, and its run."""
+    facts = {"model": model_facts(model, flags.page_dtype), **test_facts(test), **run_facts(folder, checkpoint, model)}
+    page = page_of(facts).encode()
+    data.write_whole(folder / "page.html", page)
+    print(f"wrote {folder / 'page.html'} ({len(page) / 1e6:.1f} MB): open it in a browser and draw")
+
+
+def page_of(facts):
+    """The page as text. What the facts say can neither end their element nor run: <, > and & are escaped, and only the
+    scripts and the style in PAGE have the hashes that the Content-Security-Policy names."""
+    def hashes(tag):
+        texts = re.findall(f"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)
+        digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
+        return " ".join(f"'sha256-{digest}'" for digest in digests)
+    policy = (f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; img-src data:; "
+              "base-uri 'none'; form-action 'none'")
+    text = json.dumps(facts, allow_nan=False).translate({ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&"})
+    return PAGE.replace("{{policy}}", policy).replace("{{facts}}", text)
+
+
+def encode(tensor):
+    """The values of a tensor, little-endian, as text in base64."""
+    array = tensor.cpu().contiguous().numpy()
+    return base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode()
+
+
+def model_facts(model, dtype):
+    """A model for the page: its config, and its parameters' names, shapes and values, all in one order. ValueError
+    for a model that the page would compute wrongly."""
+    config, state = model.config, model.state_dict()
+    strange = [f"{name}={value!r}" for name, value in asdict(config).items()
+               if name not in PAGE_FIELDS and value != getattr(type(config), name, None)]
+    strange += [name for name in state if not PAGE_PARAMETERS.fullmatch(name)]
+    if strange or config.in_channels != 1:
+        raise ValueError(f"--page cannot compute this model: {', '.join(strange[:3]) or 'its images have colours'}")
+    values = torch.cat([tensor.float().flatten() for tensor in state.values()]).to(getattr(torch, dtype))
+    if not values.isfinite().all():
+        raise ValueError(f"a weight is too large for {dtype}: try --page_dtype=float32")
+    return {"config": asdict(config), "dtype": dtype, "weights": encode(values),
+            "tensors": [(name, list(tensor.shape)) for name, tensor in state.items()]}
+
+
+def test_facts(test):
+    """What the page shows of a TestSet: figures, and some canvases, those with mistakes first."""
+    worst = test.worst()[:3 * SHOWN // 4]
+    right = (test.best == test.truth).flatten(1).all(1).nonzero()[:SHOWN - len(worst), 0].tolist()
+    shown = worst + right
+    findings = [test.findings(i) for i in shown]
+    return {"size": test.layout.size, "classes": test.layout.classes, "empty": test.layout.empty,
+            "apart": test.layout.apart, "note": test.note, "count": len(test.canvases),
+            "limits": {"HEIGHT": HEIGHT, "LOWEST": LOWEST, "UNSURE": UNSURE, "FAINT": FAINT},
+            "figures": measure(test.truth, test.best, test.layout.classes),
+            "canvases": [{"number": i, "verdict": verdict(found), "findings": found, "ink": encode(test.canvases[i])}
+                         for i, found in zip(shown, findings)],
+            "logits": [encode(test.logits[i].float()) for i in shown[:CHECKED]]}
+
+
+def run_facts(folder, checkpoint, model):
+    """What the page tells of a run: rows (title, text), and the points of its curves."""
+    settings = checkpoint["settings"]
+    rows = {"run": folder.resolve().name, "command": command_of(checkpoint), "seed": settings["seed"],
+            "digits": checkpoint["data"], "device": str(checkpoint.get("device", settings["device"]))[:100],
+            "training": f"{checkpoint['step']:,} steps of {settings['batch_size']:,} canvases in "
+                        f"{checkpoint['train_seconds']:,.0f} s",
+            "model": f"{model.config.num_parameters():,} parameters"}
+    return {"run": [(title, str(text)) for title, text in rows.items()], "phase": checkpoint["phase"],
+            "curves": points_of(folder / "metrics.jsonl")}
+
+
+def command_of(checkpoint):
+    """The command that trains as a checkpoint was trained. It names no folder: those are of another machine."""
+    settings, kind = checkpoint["settings"], checkpoint["data"]
+    usual = asdict(train.settle({"phase": checkpoint["phase"]}, {}))
+    silent = {*train.NOT_OF_THE_RUN, "data_dir", "log_every", "save_every"}
+    given = {name: value for name, value in settings.items() if name not in silent and value != usual[name]}
+    given = {"phase": checkpoint["phase"], **({} if kind == "mnist" else {"data": kind}), **given}
+    return " ".join(["python train.py", *(shlex.quote(f"--{name}={value}") for name, value in given.items())])
+
+
+def points_of(path):
+    """The points (step, value) of each of the CURVES in a metrics.jsonl, at most MOST_POINTS of each, which are means
+    of those beside each other. Empty where there is no such file; ValueError where it is no such file."""
+    data.check_regular(path)
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        curves = {f"{event} {key}": np.array([(line["step"], line[key]) for line in lines if line["event"] == event],
+                                             dtype=float).reshape(-1, 2) for _, event, key, _, _ in CURVES}
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{path} is not a metrics file of train.py: {type(error).__name__}: {error}") from None
+    for name, points in curves.items():
+        points = points[np.isfinite(points).all(1)]
+        each = -(-len(points) // MOST_POINTS) or 1
+        curves[name] = [part.mean(0).tolist() for part in np.split(points, range(each, len(points), each)) if len(part)]
+    return curves
+
+
+PAGE = r'''<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{{policy}}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>Draw digits and watch a small transformer read them</title>
+<link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; --ground: #f6f6f4; --paper: #fff; --text: #1c1d20; --quiet: #595d64; --line: #d6d7d3;
+  --right: #1d5fbf; --wrong: #b3261e; --heat: 242, 107, 12; }
+@media (prefers-color-scheme: dark) {
+  :root { --ground: #141517; --paper: #1e2023; --text: #ececea; --quiet: #a6abb2; --line: #383b40;
+    --right: #8ab4ff; --wrong: #ff9d90; --heat: 255, 140, 40; }
+  canvas.ink, #ink { filter: invert(1); }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 70rem; padding: 1.5rem 1rem 4rem; background: var(--ground); color: var(--text);
+  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { margin: 0; font-size: clamp(1.5rem, 5vw, 2.25rem); line-height: 1.2; letter-spacing: -0.02em; }
+h2 { margin: 0 0 0.5rem; font-size: 1.125rem; }
+p { margin: 0 0 0.75rem; }
+header { margin-bottom: 1.5rem; }
+section { margin-bottom: 3rem; }
+.quiet, header p { color: var(--quiet); }
+.quiet { font-size: 0.875rem; max-width: 44rem; }
+.warning { border-left: 4px solid var(--wrong); padding-left: 0.75rem; }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+:focus-visible, .button:focus-within { outline: 3px solid var(--right); outline-offset: 2px; }
+
+.try { display: grid; gap: 1.5rem 2.5rem; grid-template-columns: minmax(0, 1fr); }
+.paper { position: relative; aspect-ratio: 1; background: var(--paper); border: 1px solid var(--line);
+  border-radius: 0.75rem; overflow: hidden; cursor: crosshair; touch-action: none; user-select: none; }
+.paper.lined { background-image: linear-gradient(var(--line) 1px, transparent 1px),
+  linear-gradient(90deg, var(--line) 1px, transparent 1px); background-size: calc(100% / var(--cells))
+  calc(100% / var(--cells)); background-position: -1px -1px; }
+.paper.over { border-color: var(--right); box-shadow: 0 0 0 3px var(--right); }
+.paper canvas { position: absolute; inset: 0; width: 100%; height: 100%; }
+#hint { position: absolute; inset: 0; display: grid; place-items: center; margin: 0; padding: 1rem; text-align: center;
+  font-size: 1.25rem; color: var(--quiet); pointer-events: none; }
+.frame { position: absolute; border: 2px solid var(--right); border-radius: 4px; pointer-events: none; }
+.frame.wrong { border: 2px dashed var(--wrong); }
+.frame.chosen { box-shadow: 0 0 0 2px var(--right); }
+.frame span { position: absolute; left: -2px; bottom: 100%; padding: 0 0.3rem; font: 600 0.75rem/1.3 system-ui;
+  white-space: nowrap; color: var(--paper); background: var(--right); border-radius: 4px; }
+.frame.wrong span { background: var(--wrong); }
+.frame.high span { bottom: auto; top: 100%; }
+.tools { display: flex; flex-wrap: wrap; gap: 0.5rem 0.75rem; align-items: center; margin-top: 0.75rem;
+  font-size: 0.875rem; }
+.tools label { display: inline-flex; gap: 0.4rem; align-items: center; min-height: 2.5rem; }
+.tools input[type=range] { width: 6rem; accent-color: var(--right); }
+button, .button, select { min-height: 2.5rem; padding: 0 0.9rem; border: 1px solid var(--line); border-radius: 0.5rem;
+  background: var(--paper); color: inherit; font: inherit; cursor: pointer; }
+select { padding: 0 0.5rem; }
+button:hover, .button:hover { border-color: var(--right); }
+
+.answer { min-height: 19rem; }
+#text { min-height: 2.6rem; margin: 0 0 0.5rem; font-size: 2.25rem; line-height: 1.15; font-weight: 600;
+  letter-spacing: 0.06em; font-variant-numeric: tabular-nums; white-space: pre-wrap; overflow-wrap: anywhere; }
+#digits { display: flex; flex-wrap: wrap; gap: 0.5rem; min-height: 2.5rem; margin: 0 0 0.75rem; padding: 0;
+  list-style: none; }
+#digits button { font-variant-numeric: tabular-nums; }
+#digits button.wrong { border: 2px dashed var(--wrong); }
+#told { min-height: 1.5em; }
+#canvases { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); }
+#canvases button { display: block; padding: 0.4rem; text-align: left; font-size: 0.8125rem; line-height: 1.35; }
+#canvases .paper { cursor: pointer; border-radius: 0.25rem; margin-bottom: 0.4rem; touch-action: auto; }
+#canvases canvas { image-rendering: pixelated; }
+#canvases .bad { color: var(--wrong); font-weight: 600; }
+.pair { display: grid; gap: 2rem; grid-template-columns: minmax(0, 1fr); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.8125rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; color: var(--quiet); padding-bottom: 0.5rem; }
+th, td { padding: 0.25rem 0.45rem; text-align: right; white-space: nowrap; }
+thead th, tbody th { color: var(--quiet); font-weight: 600; }
+td.same { background: color-mix(in srgb, var(--right) 22%, transparent); font-weight: 600; }
+td.other { background: color-mix(in srgb, var(--wrong) calc(var(--share) * 40%), transparent); }
+figure { margin: 0; }
+figcaption { font-weight: 600; font-size: 0.875rem; margin-bottom: 0.25rem; }
+svg { display: block; width: 100%; max-width: 34rem; height: auto; }
+svg text { font: 13px system-ui, sans-serif; fill: var(--quiet); }
+svg .axis { stroke: var(--line); }
+svg .line { fill: none; stroke: var(--right); stroke-width: 1.75; stroke-linejoin: round; }
+svg .line.second { stroke: var(--wrong); stroke-dasharray: 6 4; }
+svg .dot { fill: var(--right); } svg .dot.second { fill: var(--wrong); }
+dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 0.35rem 1.25rem; margin: 1.5rem 0; }
+dt { color: var(--quiet); } dd { margin: 0; overflow-wrap: anywhere; }
+code, dd.code { font: 0.875em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+@media (min-width: 52rem) {
+  body { padding: 3rem 2rem 5rem; }
+  .try { grid-template-columns: minmax(0, 32rem) minmax(0, 1fr); }
+  .pair { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); }
+  section.pair { grid-template-columns: max-content minmax(0, 1fr); column-gap: 4rem; }
+}
+@media (prefers-reduced-motion: no-preference) { button, .button, .paper { transition: border-color 0.15s; } }
+</style>
+<header>
+  <h1>Draw digits, and they are read</h1>
+  <p>A small Vision Transformer reads every stroke. It is all in this file: nothing is loaded, nothing is sent.</p>
+</header>
+<main>
+  <section class="try" aria-label="Draw and read">
+    <div>
+      <div id="pad" class="paper">
+        <canvas id="ink" width="960" height="960" role="img" aria-label="Drawing pad"></canvas>
+        <canvas id="heat" width="960" height="960" aria-hidden="true"></canvas>
+        <div id="frames" aria-hidden="true"></div>
+        <p id="hint"></p>
+      </div>
+      <div class="tools">
+        <button id="undo" title="Ctrl+Z">Undo</button>
+        <button id="clear" title="Delete">Clear</button>
+        <label class="button">Open a picture<input id="file" type="file" accept="image/*" class="unseen"></label>
+        <label>Pen <input id="pen" type="range" min="1.5" max="4" step="0.1" value="2.3"></label>
+        <label id="sizes">Pad <select id="size"></select></label>
+        <label>Read <select id="way">
+          <option value="">each digit by itself</option>
+          <option value="whole">the pad as it is</option>
+        </select></label>
+      </div>
+    </div>
+    <div class="answer">
+      <h2>What it reads</h2>
+      <p id="text"></p>
+      <ul id="digits" aria-label="Digits read, with confidence"></ul>
+      <p id="told" class="quiet"></p>
+      <p id="said" class="unseen" aria-live="polite"></p>
+      <p class="quiet">Point at a digit, or tap it, to see where the model looked. Each digit is brought to the size of
+        its training digits first; <em>the pad as it is</em> leaves that out. You may drop or paste a picture of digits.
+        Of photos and whole pages, <code>sample.py --image</code> reads more.</p>
+    </div>
+  </section>
+  <section>
+    <h2>How it reads</h2>
+    <p id="score"></p>
+    <p id="kind" class="warning" hidden></p>
+    <p class="quiet">Some test canvases, mistakes first. A solid frame is right, a dashed one is wrong.
+      Choose one to put it on the pad.</p>
+    <div id="canvases"></div>
+  </section>
+  <section class="pair">
+    <div>
+      <h2>What is taken for what</h2>
+      <div class="wide" tabindex="0" role="region" aria-label="Confusion matrix"><table id="confusion"></table></div>
+    </div>
+    <div>
+      <h2>By number of digits</h2>
+      <div class="wide" tabindex="0" role="region" aria-label="Accuracy by number of digits">
+        <table id="counts"></table></div>
+      <p id="nearby" class="quiet"></p>
+    </div>
+  </section>
+  <section>
+    <h2>How it learned</h2>
+    <div class="pair" id="curves"></div>
+    <dl id="run"></dl>
+    <p id="check" class="quiet">Checking the arithmetic of this page …</p>
+  </section>
+</main>
+<script type="application/json" id="facts">{{facts}}</script>
+<script>
+"use strict";
+// The model: vit.py, and to_input and read of data.py, in the same order and by the same names. A matrix is the
+// Float64Array of its rows, one after the other; comments give its (rows, columns). A canvas is {ink, height, width}
+// with a byte a px. Nothing here knows the page, so that it runs elsewhere too.
+
+// Base64 text -> the numbers of that dtype
+function numbers(text, dtype) {
+  const letters = atob(text), bytes = new Uint8Array(letters.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = letters.charCodeAt(i);
+  if (dtype === "uint8") return bytes;
+  if (dtype === "float32") return Float64Array.from(new Float32Array(bytes.buffer));
+  const half = new Float64Array(65536);                 // the value of each pattern of 16 bits
+  for (let bits = 0; bits < 65536; bits++) {
+    const exponent = bits >> 10 & 31, fraction = bits & 1023;
+    half[bits] = (bits >> 15 ? -1 : 1) * (exponent ? (1024 + fraction) * 2 ** (exponent - 25) : fraction * 2 ** -24);
+  }
+  return Float64Array.from(new Uint16Array(bytes.buffer), bits => half[bits]);
+}
+
+// Row by row the angles by which rotary positions turn the pairs of channels of a head: (prefix + N, headDim / 2)
+function rotaryTable(rows, columns, headDim, prefix) {
+  const half = headDim / 2, quarter = headDim / 4, angles = new Float64Array((prefix + rows * columns) * half);
+  for (let i = 0; i < rows * columns; i++) {
+    for (let f = 0; f < quarter; f++) {
+      const frequency = 100 ** -(f / Math.max(quarter - 1, 1)), at = (prefix + i) * half + f;
+      angles[at] = Math.floor(i / columns) * frequency;
+      angles[at + quarter] = i % columns * frequency;
+    }
+  }
+  return {cos: angles.map(Math.cos), sin: angles.map(Math.sin)};
+}
+
+// Turn the pairs of channels (i, i + half) of x (N, headDim)
+function rotate(x, {cos, sin}, half) {
+  for (let i = 0; i < cos.length; i++) {
+    const at = 2 * i - i % half, first = x[at], second = x[at + half];
+    x[at] = first * cos[i] - second * sin[i];
+    x[at + half] = second * cos[i] + first * sin[i];
+  }
+}
+
+// The tokens that each token attends to, as spans [from, to): what window_bias allows, without the rest
+function windowSpans(rows, columns, window, prefix) {
+  const spans = new Array(prefix + rows * columns).fill([[0, prefix + rows * columns]]);
+  for (let i = 0; window && i < rows * columns; i++) {
+    const row = Math.floor(i / columns), column = i % columns, own = spans[prefix + i] = prefix ? [[0, prefix]] : [];
+    for (let r = Math.max(0, row - window); r <= Math.min(rows - 1, row + window); r++) {
+      const start = prefix + r * columns;
+      own.push([start + Math.max(0, column - window), start + Math.min(columns, column + window + 1)]);
+    }
+  }
+  return spans;
+}
+
+// Bicubic and anti-aliased interpolation from `from` to `to` points, as torch has it (a = -0.5): weights (to, from)
+function bicubic(from, to) {
+  const weights = new Float64Array(to * from), scale = from / to, wide = Math.max(scale, 1);
+  const cubic = x => x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0;
+  for (let i = 0; i < to; i++) {
+    const row = weights.subarray(i * from, (i + 1) * from), centre = (i + 0.5) * scale;
+    for (let j = 0; j < from; j++) row[j] = cubic(Math.abs(j + 0.5 - centre) / wide);
+    const sum = row.reduce((a, b) => a + b);
+    for (let j = 0; j < from; j++) row[j] /= sum;
+  }
+  return weights;
+}
+
+// Learned positions (prefix + grid * grid, dim) -> (prefix + rows * columns, dim)
+function resamplePositions(positions, prefix, rows, columns, dim) {
+  const grid = Math.round(Math.sqrt(positions.length / dim - prefix)), start = prefix * dim;
+  if (rows === grid && columns === grid) return positions;
+  const byRow = bicubic(grid, rows), byColumn = bicubic(grid, columns);
+  const out = new Float64Array((prefix + rows * columns) * dim);
+  out.set(positions.subarray(0, start));
+  for (let r = 0; r < rows; r++) for (let g = 0; g < grid; g++) for (let c = 0; c < columns; c++) {
+    for (let h = 0; h < grid; h++) {
+      const weight = byRow[r * grid + g] * byColumn[c * grid + h];
+      const to = start + (r * columns + c) * dim, from = start + (g * grid + h) * dim;
+      for (let d = 0; weight && d < dim; d++) out[to + d] += weight * positions[from + d];
+    }
+  }
+  return out;
+}
+
+// x (rows, inner), weight (outer, inner) -> (rows, outer). Two rows by four outputs share what they load; at the
+// edges the last ones are computed again instead.
+function linear(x, weight, bias) {
+  const outer = bias.length, inner = weight.length / outer, rows = x.length / inner;
+  const y = new Float64Array(rows * outer);
+  for (let o = 0; o < outer; o += 4) {
+    const o1 = Math.min(o + 1, outer - 1), o2 = Math.min(o + 2, outer - 1), o3 = Math.min(o + 3, outer - 1);
+    const w0 = o * inner, w1 = o1 * inner, w2 = o2 * inner, w3 = o3 * inner;
+    for (let r = 0; r < rows; r += 2) {
+      const s = Math.min(r + 1, rows - 1), x0 = r * inner, x1 = s * inner, to = r * outer, next = s * outer;
+      let a0 = bias[o], a1 = bias[o1], a2 = bias[o2], a3 = bias[o3], b0 = a0, b1 = a1, b2 = a2, b3 = a3;
+      for (let i = 0; i < inner; i++) {
+        const a = x[x0 + i], b = x[x1 + i];
+        const k0 = weight[w0 + i], k1 = weight[w1 + i], k2 = weight[w2 + i], k3 = weight[w3 + i];
+        a0 += a * k0; a1 += a * k1; a2 += a * k2; a3 += a * k3;
+        b0 += b * k0; b1 += b * k1; b2 += b * k2; b3 += b * k3;
+      }
+      y[to + o] = a0; y[to + o1] = a1; y[to + o2] = a2; y[to + o3] = a3;
+      y[next + o] = b0; y[next + o1] = b1; y[next + o2] = b2; y[next + o3] = b3;
+    }
+  }
+  return y;
+}
+
+function layerNorm(x, weight, bias) {
+  const dim = weight.length, y = new Float64Array(x.length);
+  for (let start = 0; start < x.length; start += dim) {
+    let sum = 0, squares = 0;
+    for (let d = 0; d < dim; d++) sum += x[start + d];
+    for (let d = 0; d < dim; d++) squares += (x[start + d] - sum / dim) ** 2;
+    const scale = 1 / Math.sqrt(squares / dim + 1e-6);
+    for (let d = 0; d < dim; d++) y[start + d] = (x[start + d] - sum / dim) * scale * weight[d] + bias[d];
+  }
+  return y;
+}
+
+// The normal distribution function from -8 to 8, 1,024 steps to 1: integrated once, by Simpson's rule. Linear
+// interpolation between the steps is right to 3e-8.
+const NORMAL = new Float64Array(16 * 1024 + 2);
+for (let i = 1; i < NORMAL.length; i++) {
+  const density = x => Math.exp(-x * x / 2) / Math.sqrt(2 * Math.PI), x = i / 1024 - 8, step = 1 / 1024;
+  NORMAL[i] = NORMAL[i - 1] + step / 6 * (density(x - step) + 4 * density(x - step / 2) + density(x));
+}
+
+// In place
+function gelu(x) {
+  for (let i = 0; i < x.length; i++) {
+    const place = (x[i] + 8) * 1024, step = Math.floor(place);
+    if (place <= 0) x[i] = 0;
+    else if (step < 16 * 1024) x[i] *= NORMAL[step] + (place - step) * (NORMAL[step + 1] - NORMAL[step]);
+  }
+  return x;
+}
+
+// x (rows, width) -> its columns from `from` on, `count` of them, times a factor: (rows, count)
+function columnsOf(x, width, from, count, factor) {
+  const y = new Float64Array(x.length / width * count);
+  for (let start = from, to = 0; start < x.length; start += width) {
+    for (let i = 0; i < count; i++) y[to++] = factor * x[start + i];
+  }
+  return y;
+}
+
+// One head: q, k, v (N, D) -> written into columns `column` on of y (N, dim). map (N, N) gets `share` of the weights.
+function attend(q, k, v, D, spans, y, dim, column, map, share) {
+  const N = q.length / D, weights = new Float64Array(N);
+  for (let i = 0; i < N; i++) {
+    let largest = -Infinity, sum = 0;
+    for (const [from, to] of spans[i]) for (let j = from; j < to; j++) {
+      let score = 0;
+      for (let d = 0, a = i * D, b = j * D; d < D; d++) score += q[a + d] * k[b + d];
+      weights[j] = score;
+      if (score > largest) largest = score;
+    }
+    for (const [from, to] of spans[i]) for (let j = from; j < to; j++) {
+      sum += weights[j] = Math.exp(weights[j] - largest);
+    }
+    for (const [from, to] of spans[i]) for (let j = from; j < to; j++) {
+      const weight = weights[j] / sum;
+      for (let d = 0, a = i * dim + column, b = j * D; d < D; d++) y[a + d] += weight * v[b + d];
+      if (map) map[i * N + j] += share * weight;
+    }
+  }
+}
+
+class ViT {
+  constructor({config, dtype, tensors, weights}) {
+    const values = numbers(weights, dtype);
+    this.config = config;
+    this.weights = {};
+    this.side = config.cell || config.image_size;       // px of a canvas that get one label
+    let start = 0;
+    for (const [name, shape] of tensors) {
+      this.weights[name] = values.subarray(start, start += shape.reduce((a, b) => a * b, 1));
+    }
+  }
+
+  linear(x, name) { return linear(x, this.weights[name + ".weight"], this.weights[name + ".bias"]); }
+
+  norm(x, name) { return layerNorm(x, this.weights[name + ".weight"], this.weights[name + ".bias"]); }
+
+  // A canvas -> tokens (N, dim) in reading order: one linear projection of every patch
+  patchEmbedding({ink, height, width}, rows, columns) {
+    const {patch_size: stride, overlap} = this.config, side = stride + 2 * overlap;
+    const patches = new Float64Array(rows * columns * side * side);
+    for (let i = 0, to = 0; i < rows * columns; i++) {
+      const top = Math.floor(i / columns) * stride - overlap, left = i % columns * stride - overlap;
+      for (let y = top; y < top + side; y++) for (let x = left; x < left + side; x++, to++) {
+        const value = y >= 0 && y < height && x >= 0 && x < width ? ink[y * width + x] : 0;
+        patches[to] = (value / 255 + Math.sign(value)) / (2 * 0.34);    // to_input
+      }
+    }
+    return this.linear(patches, "patch_embed.proj");
+  }
+
+  attention(x, name, rotary, spans, maps) {
+    const {dim, heads} = this.config, D = dim / heads, N = x.length / dim, y = new Float64Array(x.length);
+    const qkv = this.linear(x, name + ".qkv"), map = maps && new Float32Array(N * N);       // (N, 3 * dim)
+    for (let head = 0; head < heads; head++) {
+      const [q, k, v] = [D ** -0.5, 1, 1].map((factor, i) => columnsOf(qkv, 3 * dim, i * dim + head * D, D, factor));
+      if (rotary) [q, k].forEach(each => rotate(each, rotary, D / 2));
+      attend(q, k, v, D, spans, y, dim, head * D, map, 1 / heads);
+    }
+    if (maps) maps.push(map);
+    return this.linear(y, name + ".proj");
+  }
+
+  mlp(x, name) { return this.linear(gelu(this.linear(x, name + ".fc1")), name + ".fc2"); }
+
+  block(x, name, rotary, spans, maps) {
+    const add = branch => branch.forEach((value, i) => { x[i] += value; });
+    add(this.attention(this.norm(x, name + ".norm1"), name + ".attn", rotary, spans, maps));
+    add(this.mlp(this.norm(x, name + ".norm2"), name + ".mlp"));
+  }
+
+  // A canvas -> logits (labels, classes), cell by cell in reading order
+  forward(canvas) {
+    const {dim} = this.config, x = this.forwardFeatures(canvas), labels = this.tokensOf(canvas);
+    const means = new Float64Array(labels.length * dim);
+    labels.forEach((tokens, label) => {
+      for (const token of tokens) for (let d = 0; d < dim; d++) {
+        means[label * dim + d] += x[token * dim + d] / tokens.length;
+      }
+    });
+    return this.linear(means, "head");
+  }
+
+  // Normalised tokens (N, dim), the class token first. Blocks append their attention (N, N), the mean over heads.
+  forwardFeatures(canvas, maps) {
+    const {dim, depth, heads, patch_size, positions, window, class_token} = this.config, prefix = Number(class_token);
+    const rows = canvas.height / patch_size, columns = canvas.width / patch_size;
+    let x = this.patchEmbedding(canvas, rows, columns), rotary = null;
+    if (class_token) x = Float64Array.of(...this.weights.cls_token, ...x);
+    if (positions === "learned") {
+      const table = resamplePositions(this.weights.pos_embed, prefix, rows, columns, dim);
+      x.forEach((value, i) => { x[i] = value + table[i]; });
+    } else rotary = rotaryTable(rows, columns, dim / heads, prefix);
+    const spans = windowSpans(rows, columns, window, prefix);
+    for (let i = 0; i < depth; i++) this.block(x, `blocks.${i}`, rotary, spans, maps);
+    return this.norm(x, "norm");
+  }
+
+  // The tokens that each label is read from: those of its cell, the class token, or all
+  tokensOf({height, width}) {
+    const {cell, patch_size, class_token} = this.config, rows = height / patch_size, columns = width / patch_size;
+    if (class_token) return [[0]];
+    const across = cell ? width / cell : 1, labels = Array.from({length: cell ? across * height / cell : 1}, () => []);
+    for (let i = 0; i < rows * columns; i++) {
+      const row = Math.floor(i / columns), column = i % columns, k = cell ? cell / patch_size : Infinity;
+      labels[Math.floor(row / k) * across + Math.floor(column / k)].push(i);
+    }
+    return labels;
+  }
+
+  // How much a label attends to each patch (rows * columns), relative to the largest: attention rollout (Abnar 2020).
+  // Of the product of the blocks' maps only one row is needed, so a vector goes through them, last block first.
+  rollout(canvas, label) {
+    const maps = [], N = this.forwardFeatures(canvas, maps).length / this.config.dim;
+    const tokens = this.tokensOf(canvas)[label];
+    let row = new Float64Array(N);
+    for (const token of tokens) row[token] = 1 / tokens.length;
+    for (const map of maps.reverse()) {
+      const next = row.map(value => value / 2);
+      for (let i = 0; i < N; i++) for (let j = 0; row[i] && j < N; j++) next[j] += row[i] * map[i * N + j] / 2;
+      row = next;
+    }
+    row = row.subarray(Number(this.config.class_token));
+    const largest = row.reduce((a, b) => Math.max(a, b));
+    return row.map(value => value / largest);
+  }
+}
+
+function softmax(logits, classes) {
+  const shares = new Float64Array(logits.length);
+  for (let start = 0; start < logits.length; start += classes) {
+    const row = logits.subarray(start, start + classes), largest = Math.max(...row);
+    const sum = row.reduce((total, value) => total + Math.exp(value - largest), 0);
+    row.forEach((value, i) => { shares[start + i] = Math.exp(value - largest) / sum; });
+  }
+  return shares;
+}
+
+// Shares (cells, k), summed for each cell over the cells less than `apart` from it
+function around(share, grid, k, apart) {
+  const sums = new Float64Array(share.length);
+  for (let row = 0; row < grid.rows; row++) for (let column = 0; column < grid.columns; column++) {
+    for (const near of cellsAround(row, column, grid, apart)) for (let i = 0; i < k; i++) {
+      sums[(row * grid.columns + column) * k + i] += share[near * k + i];
+    }
+  }
+  return sums;
+}
+
+function cellsAround(row, column, {rows, columns}, apart) {
+  const cells = [];
+  for (let r = Math.max(0, row - apart + 1); r < Math.min(rows, row + apart); r++) {
+    const end = Math.min(columns, column + apart);
+    for (let c = Math.max(0, column - apart + 1); c < end; c++) cells.push(r * columns + c);
+  }
+  return cells;
+}
+
+// The place of the largest value in a row of a matrix
+function argmax(x, row, width) {
+  let best = row * width;
+  for (let i = best + 1; i < (row + 1) * width; i++) if (x[i] > x[best]) best = i;
+  return best - row * width;
+}
+
+// The class of each cell, decided jointly: see decode in data.py
+function decode(share, grid, classes, empty, apart) {
+  const cells = grid.rows * grid.columns, labels = new Array(cells).fill(empty);
+  if (empty === null) return labels.map((_, cell) => argmax(share, cell, classes));
+  const digits = share.filter((_, i) => i % classes < empty), near = Math.min(apart, 2);
+  const best = around(digits, grid, empty, near);
+  const left = Float64Array.from(labels, (_, cell) => digits.subarray(cell * empty, (cell + 1) * empty)
+    .reduce((a, b) => a + b, 0));
+  for (;;) {
+    const sums = around(left, grid, 1, near), sure = left.map((value, cell) => sums[cell] > 0.5 ? value : 0);
+    const cell = argmax(sure, 0, cells);
+    if (!(sure[cell] > 0)) return labels;
+    labels[cell] = argmax(best, cell, empty);
+    for (const done of cellsAround(Math.floor(cell / grid.columns), cell % grid.columns, grid, apart)) left[done] = 0;
+  }
+}
+
+// Logits of a canvas -> [{digit, row, column, confidence}, ...] in reading order
+function readLogits(logits, grid, classes, empty, apart) {
+  let share = softmax(logits, classes);
+  const labels = decode(share, grid, classes, empty, apart);
+  if (empty !== null) share = around(share, grid, classes, Math.min(apart, 2)).map(sum => Math.min(sum, 1));
+  return labels.map((digit, cell) => ({digit, cell, row: Math.floor(cell / grid.columns), column: cell % grid.columns,
+    confidence: share[cell * classes + digit]})).filter(({digit}) => digit !== empty);
+}
+
+function read(model, canvas, empty, apart = 2) {
+  const grid = {rows: canvas.height / model.side, columns: canvas.width / model.side};
+  if (!model.config.cell) grid.rows = grid.columns = 1;
+  return readLogits(model.forward(canvas), grid, model.config.num_classes, empty, apart);
+}
+</script>
+<script>
+"use strict";
+// The page: a pad, what is read on it, and the figures of the run. Places and sizes on the pad are shares of its side.
+// Ink is black, and its alpha says how much of it there is: so the style can turn it white.
+
+const facts = JSON.parse(document.getElementById("facts").textContent), model = new ViT(facts.model);
+const {HEIGHT, LOWEST, UNSURE, FAINT} = facts.limits, {empty, classes} = facts;
+const FINE = 512;                                   // px that the pad's ink is cut into pieces at
+const MIDDLE = 28;                                  // px, of a frame of MNIST, whose digits are HEIGHT high
+const by = id => document.getElementById(id);
+const percent = share => `${(100 * share).toFixed(1)}%`, clamp = (x, low, high) => Math.min(Math.max(x, low), high);
+const plural = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : word === "canvas" ? "es" : "s"}`;
+const median = values => values.sort((a, b) => a - b)[values.length >> 1];
+
+function element(name, options = {}, ...children) {
+  const made = Object.assign(document.createElement(name), options);
+  made.append(...children);
+  return made;
+}
+
+// ---- Ink
+
+function context(width, height) {
+  return element("canvas", {width, height}).getContext("2d", {willReadFrequently: true});
+}
+
+// The ink, a byte a px, of what is drawn into a context of that size
+function inkOf(width, height, draw) {
+  const into = context(width, height);
+  draw(into);
+  return into.getImageData(0, 0, width, height).data.filter((_, i) => i % 4 === 3);
+}
+
+// The other way: a canvas with that ink
+function pictureOf(ink, width, height) {
+  const into = context(width, height), image = into.createImageData(width, height);
+  ink.forEach((value, i) => { image.data[4 * i + 3] = value; });
+  into.putImageData(image, 0, 0);
+  return into.canvas;
+}
+
+// Strokes are lists of points [x, y]; side: px that 1 becomes; pen: its width, px
+function paint(into, strokes, side, pen, left = 0, top = 0) {
+  into.lineCap = into.lineJoin = "round";
+  into.lineWidth = pen;
+  for (const stroke of strokes) {
+    into.beginPath();
+    for (const [x, y] of stroke) into.lineTo(left + x * side, top + y * side);
+    if (stroke.length === 1) into.lineTo(left + stroke[0][0] * side + 0.01, top + stroke[0][1] * side);
+    into.stroke();
+  }
+}
+
+function paintPicture(into, side) {
+  into.imageSmoothingEnabled = !pad.exact;
+  if (pad.picture) into.drawImage(pad.picture, 0, 0, side, side);
+}
+
+// Ink (width, height) by the mean over the area that each new px covers
+function resize(ink, width, height, newWidth, newHeight) {
+  const shrink = (from, to, lines, at) => {         // along one axis: `to` values of each of the lines
+    const out = new Float64Array(to * lines), each = from / to;
+    for (let i = 0; i < to; i++) for (let j = Math.floor(i * each); j < Math.min(from, (i + 1) * each); j++) {
+      const share = (Math.min(j + 1, (i + 1) * each) - Math.max(j, i * each)) / each;
+      for (let line = 0; line < lines; line++) out[i * lines + line] += share * at(j, line);
+    }
+    return out;
+  };
+  const rows = shrink(height, newHeight, width, (y, x) => ink[y * width + x]);
+  const columns = shrink(width, newWidth, newHeight, (x, y) => rows[y * width + x]);
+  return Uint8Array.from({length: newWidth * newHeight}, (_, i) =>
+    Math.round(columns[i % newWidth * newHeight + Math.floor(i / newWidth)]));
+}
+
+// ---- Pieces: what touches is one, and so is what is drawn as one digit
+
+function piecesOf(ink, side) {
+  const label = new Int32Array(side * side), pieces = [], stack = [];
+  for (let start = 0; start < ink.length; start++) {
+    if (ink[start] < 77 || label[start]) continue;
+    const piece = {numbers: [pieces.length + 1], left: side, top: side, right: 0, bottom: 0, mass: 0};
+    const visit = i => { label[i] = piece.numbers[0]; stack.push(i); };
+    for (visit(start); stack.length;) {
+      const i = stack.pop(), x = i % side, y = Math.floor(i / side);
+      piece.left = Math.min(piece.left, x); piece.right = Math.max(piece.right, x + 1);
+      piece.top = Math.min(piece.top, y); piece.bottom = Math.max(piece.bottom, y + 1);
+      piece.mass += ink[i];
+      for (let v = Math.max(0, y - 1); v < Math.min(side, y + 2); v++) {
+        for (let u = Math.max(0, x - 1); u < Math.min(side, x + 2); u++) {
+          if (ink[v * side + u] >= 77 && !label[v * side + u]) visit(v * side + u);
+        }
+      }
+    }
+    for (const end of ["left", "top", "right", "bottom"]) piece[end] /= side;
+    pieces.push(piece);
+  }
+  return {label, pieces};
+}
+
+const tall = piece => piece.bottom - piece.top, wide = piece => piece.right - piece.left;
+
+function union(a, b) {
+  return {numbers: [...a.numbers, ...b.numbers], mass: a.mass + b.mass, left: Math.min(a.left, b.left),
+    top: Math.min(a.top, b.top), right: Math.max(a.right, b.right), bottom: Math.max(a.bottom, b.bottom)};
+}
+
+function usualHeight(pieces) {
+  const tallest = Math.max(...pieces.map(tall));
+  return pieces.length ? median(pieces.map(tall).filter(height => height >= LOWEST * tallest)) : 0;
+}
+
+// Whether two pieces are one digit: the second stroke of a 4 beside the first, or the bar of a 5, which is low
+function belong(a, b, height) {
+  const across = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+  const down = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top), low = Math.min(tall(a), tall(b));
+  return across > 0.5 * Math.min(wide(a), wide(b)) && down > 0.2 * low ||
+    low < LOWEST * height && across > -0.1 * height && down > -0.1 * height;
+}
+
+function joined(pieces, height) {
+  const whole = [];
+  for (let piece of pieces) {
+    for (let i; (i = whole.findIndex(other => belong(piece, other, height))) >= 0;) {
+      piece = union(piece, whole.splice(i, 1)[0]);
+    }
+    whole.push(piece);
+  }
+  return whole;
+}
+
+// ---- From the pad to canvases, and what the model reads on them
+
+// Ink of a piece on a canvas: `side` px to the pad's 1, whose point (x, y) becomes the middle
+function inkOfPiece(piece, {label, fine}, width, height, side, x, y) {
+  const left = width / 2 - x * side, top = height / 2 - y * side, numbers = new Set(piece.numbers);
+  const at = ([u, v]) => clamp(Math.floor(v * FINE), 0, FINE - 1) * FINE + clamp(Math.floor(u * FINE), 0, FINE - 1);
+  const ink = inkOf(width, height, into => {
+    if (pad.picture) {
+      const mine = fine.map((value, i) => numbers.has(label[i]) ? value : 0), to = Math.max(1, Math.round(side));
+      into.drawImage(pictureOf(resize(mine, FINE, FINE, to, to), to, to), Math.round(left), Math.round(top));
+    }
+    paint(into, pad.strokes.filter(stroke => numbers.has(label[at(stroke[0])])), side, pen(), left, top);
+  });
+  return ink.map(value => value > FAINT ? value : 0);
+}
+
+// px of a canvas for the pad's 1, so that ink of that extent becomes `size` px. A pen stays as wide as it is.
+function scaleTo(size, extent) {
+  const own = pad.strokes.length ? pen() : 0;
+  return (size - own) / Math.max(extent - own / pad.size, 1 / pad.size);
+}
+
+// A piece on a canvas of its own, in the middle of a cell, as canvas_of in sample.py
+function canvasOf(piece, usual, inks) {
+  const cell = model.side, own = wide(piece) > 1.3 * tall(piece) ? tall(piece) : Math.max(tall(piece), wide(piece));
+  const side = scaleTo(HEIGHT, Math.min(Math.max(own, 0.5 * usual), 1.7 * usual));
+  const [width, height] = [wide(piece), tall(piece)].map(extent =>
+    cell * Math.max(7, Math.ceil((extent * side + HEIGHT + cell) / cell) | 1));
+  const x = (piece.left + piece.right) / 2, y = (piece.top + piece.bottom) / 2;
+  const canvas = {ink: inkOfPiece(piece, inks, width, height, side, x, y), width, height};
+  return {canvas, place: {left: x - width / 2 / side, top: y - height / 2 / side, side}};
+}
+
+// A piece in the middle of a frame by its mass, fitted into 20 x 20 px, as as_mnist in sample.py
+function asMnist(piece, frame, inks) {
+  const side = scaleTo(HEIGHT * frame / MIDDLE, Math.max(tall(piece), wide(piece)));
+  let x = (piece.left + piece.right) / 2, y = (piece.top + piece.bottom) / 2;
+  const ink = inkOfPiece(piece, inks, frame, frame, side, x, y), mass = ink.reduce((a, b) => a + b, 0) || 1;
+  const off = step => ink.reduce((sum, value, i) => sum + value * (step(i) + 0.5), 0) / mass - frame / 2;
+  x += Math.round(off(i => i % frame)) / side;
+  y += Math.round(off(i => Math.floor(i / frame))) / side;
+  return {ink: inkOfPiece(piece, inks, frame, frame, side, x, y), place: {left: x - frame / 2 / side,
+    top: y - frame / 2 / side, side}};
+}
+
+const known = new Map();                            // readings of canvases: a stroke changes one of them
+
+function reading(canvas, apart) {
+  const key = `${apart} ${canvas.width} ${canvas.ink.join()}`;
+  if (known.size > 100) known.clear();
+  if (!known.has(key)) known.set(key, read(model, canvas, empty, apart));
+  return known.get(key).map(found => ({...found, canvas}));
+}
+
+// A cell of a canvas that lies at a place of the pad, as a box
+function cellBox({row, column}, {left, top, side}) {
+  const each = model.side / side;
+  return {left: left + column * each, top: top + row * each,
+    right: left + (column + 1) * each, bottom: top + (row + 1) * each};
+}
+
+// The pad as one canvas
+function readWhole() {
+  const canvas = {width: pad.size, height: pad.size, ink: inkOf(pad.size, pad.size, into => {
+    paintPicture(into, pad.size);
+    paint(into, pad.strokes, pad.size, pen());
+  }).map(value => value > FAINT ? value : 0)}, place = {left: 0, top: 0, side: pad.size};
+  return reading(canvas, facts.apart).map(found => ({...found, place, box: cellBox(found, place)}));
+}
+
+// Digits anywhere: each piece by itself
+function readPieces(inks) {
+  let usual = usualHeight(inks.pieces);
+  const pieces = joined(inks.pieces, usual);
+  usual = usualHeight(pieces);
+  return pieces.filter(piece => tall(piece) >= LOWEST * usual).flatMap(piece => {
+    const {canvas, place} = canvasOf(piece, usual, inks), found = reading(canvas, 2);
+    return found.map(digit => {
+      const cell = cellBox(digit, place), half = HEIGHT / 2 / place.side;
+      const x = (cell.left + cell.right) / 2, y = (cell.top + cell.bottom) / 2;
+      const box = found.length < 2 ? piece : {left: Math.max(piece.left, x - half), top: Math.max(piece.top, y - half),
+        right: Math.min(piece.right, x + half), bottom: Math.min(piece.bottom, y + half)};
+      return {...digit, place, box};
+    });
+  });
+}
+
+// A digit in every cell: what lies in it is sized and centred
+function readGrid(inks) {
+  const frame = model.side, grid = pad.size / frame, canvas = {width: pad.size, height: pad.size}, framed = [];
+  canvas.ink = new Uint8Array(pad.size ** 2);
+  for (let cell = 0; cell < grid * grid; cell++) {
+    const mine = inks.pieces.filter(piece => Math.floor((piece.top + piece.bottom) / 2 * grid) * grid +
+      Math.floor((piece.left + piece.right) / 2 * grid) === cell), most = Math.max(...mine.map(piece => piece.mass));
+    if (!mine.length) continue;
+    const piece = mine.filter(each => each.mass >= most / 10).reduce(union), top = Math.floor(cell / grid) * frame;
+    const {ink, place} = asMnist(piece, frame, inks);
+    for (let y = 0; y < frame; y++) {
+      canvas.ink.set(ink.subarray(y * frame, (y + 1) * frame), (top + y) * pad.size + cell % grid * frame);
+    }
+    framed[cell] = {box: piece, place: {side: place.side, top: place.top - top / place.side,
+      left: place.left - cell % grid * frame / place.side}};
+  }
+  return reading(canvas, facts.apart).filter(({cell}) => framed[cell])
+    .map(found => ({...found, ...framed[found.cell]}));
+}
+
+function readPad() {
+  if (!pad.strokes.length && !pad.picture) return [];
+  if (pad.whole) return readWhole();
+  const fine = inkOf(FINE, FINE, into => {
+    paintPicture(into, FINE);
+    paint(into, pad.strokes, FINE, pen() / pad.size * FINE);
+  });
+  const inks = {fine, ...piecesOf(fine, FINE)};
+  return empty === null ? readGrid(inks) : readPieces(inks);
+}
+
+// Digits -> lines of text, as lines_of and text_of in sample.py: "?" for what is unsure, a blank for a wide gap
+function textOf(digits) {
+  const middle = ({box}) => (box.top + box.bottom) / 2, height = median(digits.map(({box}) => tall(box))), lines = [];
+  for (const digit of [...digits].sort((a, b) => a.box.left + a.box.right - b.box.left - b.box.right)) {
+    const away = line => Math.abs(middle(line[line.length - 1]) - middle(digit));
+    const line = lines.filter(each => away(each) <= 0.65 * height).sort((a, b) => away(a) - away(b))[0];
+    if (line) line.push(digit); else lines.push([digit]);
+  }
+  lines.sort((a, b) => middle(a[0]) - middle(b[0]));
+  return lines.map(line => {
+    const gaps = line.slice(1).map(({box}, i) => box.left - line[i].box.right);
+    const usual = gaps.length > 1 ? [...gaps].sort((a, b) => a - b)[gaps.length - 1 >> 1] : 0.5 * height;
+    const blank = i => !pad.whole && gaps[i - 1] > Math.max(0.6 * height, 2 * usual) ? " " : "";
+    return line.map((digit, i) => blank(i) + letter(digit)).join("");
+  }).join("\n");
+}
+
+const letter = ({digit, confidence}) => confidence < UNSURE ? "?" : String(digit);
+
+// ---- The pad
+
+let pad = {size: model.config.image_size, strokes: [], picture: null, exact: false, whole: false};
+let past = [], digits = [], stroke = null, chosen = -1, took = 0, waiting = 0;
+const pen = () => Number(by("pen").value);          // px of a canvas
+
+const remember = () => { past = [...past.slice(-99), {...pad, strokes: [...pad.strokes]}]; };
+
+// Draw the pad at once, and read it as soon as the browser has shown that
+function changed() {
+  const into = by("ink").getContext("2d"), side = into.canvas.width;
+  into.clearRect(0, 0, side, side);
+  paintPicture(into, side);
+  paint(into, pad.strokes, side, pen() / pad.size * side);
+  by("hint").hidden = pad.strokes.length || pad.picture;
+  by("size").value = pad.size;
+  by("way").value = pad.whole ? "whole" : "";
+  const lines = pad.whole || empty === null ? pad.size / model.side : 0;
+  by("pad").classList.toggle("lined", lines > 1);
+  by("pad").style.setProperty("--cells", lines);
+  if (took > 80) {                                  // a large model waits for a pause
+    clearTimeout(waiting);
+    waiting = setTimeout(update, took);
+  } else if (!waiting) waiting = requestAnimationFrame(update);
+}
+
+function update() {
+  const began = performance.now();
+  waiting = 0;
+  digits = readPad();
+  took = performance.now() - began;
+  choose(-1);
+  by("frames").replaceChildren(...digits.map(({box, digit, confidence}) =>
+    frameOf(box, `${digit}  ${Math.round(100 * confidence)}%`, confidence < UNSURE)));
+  by("digits").replaceChildren(...digits.map(({digit, confidence}, i) => {
+    const button = element("button", {textContent: `${digit}  ${percent(confidence)}`,
+      className: confidence < UNSURE ? "wrong" : "", ariaLabel:
+      `${digit}, ${percent(confidence)} sure${confidence < UNSURE ? ", which is unsure" : ""}. Show where it looked`});
+    button.onfocus = button.onclick = button.onpointerenter = () => choose(i);
+    button.onblur = button.onpointerleave = () => choose(-1);
+    return element("li", {}, button);
+  }));
+  by("text").textContent = digits.length ? textOf(digits) : "";
+  if (!stroke) by("said").textContent = digits.length ? `Read: ${by("text").textContent}` : "";
+}
+
+function frameOf({left, top, right, bottom}, text, wrong) {
+  const frame = element("div", {className: "frame"}, element("span", {textContent: text}));
+  frame.classList.toggle("wrong", wrong);
+  frame.classList.toggle("high", top < 0.06);
+  const sides = {left, top, width: right - left, height: bottom - top};
+  for (const side in sides) frame.style[side] = `${100 * sides[side]}%`;
+  return frame;
+}
+
+// Show where the model looked for a digit; -1: for none
+function choose(i) {
+  const into = by("heat").getContext("2d"), side = into.canvas.width, chosenDigit = digits[i];
+  chosen = i;
+  into.clearRect(0, 0, side, side);
+  [...by("frames").children].forEach((frame, j) => frame.classList.toggle("chosen", i === j));
+  if (!chosenDigit) {
+    by("told").textContent = !digits.length ? pad.strokes.length || pad.picture ? "No digit is found." : "" :
+      `${plural(digits.length, "digit")}, read in ${took.toFixed(0)} ms`;
+    return;
+  }
+  const {canvas, cell, place, digit} = chosenDigit, patch = model.config.patch_size;
+  const rows = canvas.height / patch, columns = canvas.width / patch, small = context(columns, rows);
+  chosenDigit.heat ||= model.rollout(canvas, cell);
+  const [red, green, blue] = getComputedStyle(document.documentElement).getPropertyValue("--heat").split(",");
+  const image = small.createImageData(columns, rows);
+  chosenDigit.heat.forEach((value, j) => image.data.set([red, green, blue, 190 * value], 4 * j));
+  small.putImageData(image, 0, 0);
+  into.drawImage(small.canvas, place.left * side, place.top * side, canvas.width / place.side * side,
+    canvas.height / place.side * side);
+  by("told").textContent = `Orange is where the model looked for this ${digit}: attention rollout over all its blocks.`;
+}
+
+const pointAt = event => {
+  const {left, top, width, height} = by("ink").getBoundingClientRect();
+  return [clamp((event.clientX - left) / width, 0, 1), clamp((event.clientY - top) / height, 0, 1)];
+};
+
+const digitAt = ([x, y]) => digits.findIndex(({box}) => x > box.left && x < box.right && y > box.top && y < box.bottom);
+
+by("pad").onpointerdown = event => {
+  if (event.button || stroke) return;
+  by("pad").setPointerCapture(event.pointerId);
+  stroke = [pointAt(event)];
+  stroke.pointer = event.pointerId;
+  stroke.on = digitAt(stroke[0]);
+  remember();
+  if (stroke.on < 0) draw();
+};
+
+function draw() {
+  if (!pad.strokes.includes(stroke)) pad.strokes.push(stroke);
+  changed();
+}
+
+by("pad").onpointermove = event => {
+  if (!stroke) {
+    const i = event.pointerType === "mouse" ? digitAt(pointAt(event)) : chosen;
+    if (i !== chosen) choose(i);
+  } else if (event.pointerId === stroke.pointer) {
+    const events = event.getCoalescedEvents?.() ?? [];
+    stroke.push(...(events.length ? events : [event]).map(pointAt));
+    const [[x, y], [u, v]] = [stroke[0], stroke[stroke.length - 1]];
+    if (Math.hypot(u - x, v - y) > 0.01) stroke.on = -1;
+    if (stroke.on < 0) draw();
+  }
+};
+
+// A tap on a digit asks where it looked; it is no ink
+by("pad").onpointerup = by("pad").onpointercancel = event => {
+  if (!stroke || event.pointerId !== stroke.pointer) return;
+  const {on} = stroke;
+  stroke = null;
+  if (on < 0) return changed();
+  past.pop();
+  choose(on);
+};
+
+by("pad").onpointerleave = () => { if (!stroke) choose(-1); };
+
+function undo() {
+  if (past.length) pad = past.pop();
+  changed();
+}
+
+function clear() {
+  remember();
+  pad = {...pad, strokes: [], picture: null, exact: false, whole: pad.whole && !pad.exact};
+  changed();
+}
+
+by("undo").onclick = undo;
+by("clear").onclick = clear;
+by("pen").oninput = changed;
+by("size").onchange = event => { pad.size = Number(event.target.value); changed(); };
+by("way").onchange = event => { pad.whole = event.target.value !== ""; changed(); };
+addEventListener("keydown", event => {
+  if (event.target.matches("input, select")) return;
+  if ((event.ctrlKey || event.metaKey) && event.key === "z") undo();
+  else if (["Delete", "Escape", "Backspace"].includes(event.key)) clear();
+  else return;
+  event.preventDefault();
+});
+
+// ---- Pictures by other hands: grey, then ink against the paper around it
+
+async function open(file) {
+  let image;
+  try {
+    image = await createImageBitmap(file);
+  } catch {
+    by("told").textContent = "That is no picture that this browser can open.";
+    return;
+  }
+  const into = context(FINE, FINE), scale = FINE / Math.max(image.width, image.height);
+  const width = Math.max(1, Math.round(image.width * scale)), height = Math.max(1, Math.round(image.height * scale));
+  into.fillStyle = "white";
+  into.fillRect(0, 0, FINE, FINE);
+  into.imageSmoothingQuality = "high";
+  into.drawImage(image, 0, 0, width, height);
+  const {data} = into.getImageData(0, 0, width, height);
+  const grey = Float64Array.from({length: width * height}, (_, i) =>
+    (0.299 * data[4 * i] + 0.587 * data[4 * i + 1] + 0.114 * data[4 * i + 2]) / 255);
+  const small = pictureOf(inkIn(grey, width, height), width, height), whole = context(FINE, FINE);
+  whole.drawImage(small, FINE - width >> 1, FINE - height >> 1);
+  remember();
+  pad = {...pad, strokes: [], picture: whole.canvas, exact: false, whole: false};
+  changed();
+}
+
+// Grey, 0 to 1 -> ink. The paper is what most px are in the blocks around; dark or light ink, whichever differs more.
+function inkIn(grey, width, height) {
+  const block = Math.ceil(Math.max(width, height) / 12), across = Math.ceil(width / block), papers = [];
+  for (let y = 0; y < height; y += block) for (let x = 0; x < width; x += block) {
+    const near = [];
+    for (let v = Math.max(0, y - block); v < Math.min(height, y + 2 * block); v += 3) {
+      for (let u = Math.max(0, x - block); u < Math.min(width, x + 2 * block); u += 3) near.push(grey[v * width + u]);
+    }
+    papers.push(median(near));
+  }
+  const off = grey.map((value, i) =>
+    value - papers[Math.floor(Math.floor(i / width) / block) * across + Math.floor(i % width / block)]);
+  const weight = sign => off.reduce((sum, value) => sum + Math.max(0, sign * value) ** 2, 0);
+  const sign = weight(-1) > weight(1) ? -1 : 1, strong = off.map(value => sign * value).sort();
+  const full = Math.max(strong[Math.floor(0.995 * strong.length)], 0.1);
+  return Uint8ClampedArray.from(off, value => 255 * (sign * value / full - 0.3) / 0.5);
+}
+
+by("file").onchange = ({target}) => { if (target.files[0]) open(target.files[0]); target.value = ""; };
+addEventListener("paste", ({clipboardData}) => { if (clipboardData.files[0]) open(clipboardData.files[0]); });
+addEventListener("dragover", event => { event.preventDefault(); by("pad").classList.add("over"); });
+addEventListener("dragleave", () => by("pad").classList.remove("over"));
+addEventListener("drop", event => {
+  event.preventDefault();
+  by("pad").classList.remove("over");
+  if (event.dataTransfer.files[0]) open(event.dataTransfer.files[0]);
+});
+
+// ---- How it reads
+
+function showCanvases() {
+  by("canvases").append(...facts.canvases.map(({number, verdict, findings, ink}) => {
+    const {size} = facts, picture = pictureOf(numbers(ink, "uint8"), size, size), paper = element("div", {}, picture);
+    const name = digit => digit === null ? "nothing" : String(digit), place = {left: 0, top: 0, side: size};
+    paper.className = "paper";
+    picture.className = "ink";
+    paper.append(...findings.map(([row, column, truth, digit]) =>
+      frameOf(cellBox({row, column}, place), digit === null ? "–" : String(digit), truth !== digit)));
+    const wrong = findings.filter(([, , truth, digit]) => truth !== digit);
+    const told = wrong.length ? wrong.map(([, , truth, digit]) => `${name(truth)} read as ${name(digit)}`).join(", ") :
+      findings.map(([, , truth]) => truth).join(" ") || "empty";
+    const ariaLabel = `Test canvas ${number}, ${verdict}: ${told}. Put it on the pad`;
+    const button = element("button", {ariaLabel}, paper,
+      element("div", {textContent: verdict, className: wrong.length ? "bad" : ""}),
+      element("div", {textContent: told}));
+    button.onclick = () => {
+      remember();
+      pad = {size, strokes: [], picture, exact: true, whole: true};
+      changed();
+      by("pad").scrollIntoView({block: "nearest"});
+    };
+    return button;
+  }));
+}
+
+const share = (part, whole) => whole ? `${(100 * part / whole).toFixed(2)}%` : "–";
+const total = values => values.reduce((a, b) => a + b, 0);
+
+function fill(table, caption, head, rows) {
+  const row = cells => element("tr", {}, ...cells);
+  table.append(element("caption", {textContent: caption}),
+    element("thead", {}, row(head.map(text => element("th", {scope: "col", textContent: text})))),
+    element("tbody", {}, ...rows.map(([name, ...cells]) => row([element("th", {scope: "row", textContent: name}),
+      ...cells.map(cell => cell instanceof Node ? cell : element("td", {textContent: cell}))]))));
+}
+
+function showFigures() {
+  const {names, confusion, by_count: counts, nearby} = facts.figures, column = i => total(confusion.map(row => row[i]));
+  const canvases = total(counts.map(row => row[1])), exact = total(counts.map(row => row[2]));
+  const all = total(counts.map(row => row[0] * row[1])), right = total(counts.map(row => row[3]));
+  by("score").textContent = `Of ${plural(canvases, "test canvas")} of ${facts.size} × ${facts.size} px${facts.note}, ` +
+    `${share(exact, canvases)} are read without a mistake, and ${share(right, all)} of their ${plural(all, "digit")}.`;
+  by("kind").hidden = !facts.note;
+  by("kind").textContent = facts.note.includes("drawn") ?
+    "Trained and tested on digits that the program drew itself: these figures say nothing about handwriting." :
+    "Trained and tested on another data set than MNIST.";
+  const occur = names.map((_, i) => i).filter(i => total(confusion[i]) || column(i)), matrix = occur.length <= 40;
+  fill(by("confusion"), `What is there (rows) and what is read (columns)${facts.note}`,
+    ["", ...(matrix ? occur.map(i => names[i]) : []), "recall", "precision"], occur.map(i => [names[i],
+      ...(matrix ? occur.map(j => {
+        const n = confusion[i][j], cell = element("td", {textContent: n ? n.toLocaleString("en") : "·"});
+        cell.className = i === j ? "same" : n ? "other" : "";
+        cell.style.setProperty("--share", Math.sqrt(n / Math.max(1, total(confusion[i]) - confusion[i][i])));
+        return cell;
+      }) : []), share(confusion[i][i], total(confusion[i])), share(confusion[i][i], column(i))]));
+  fill(by("counts"), `Canvases by the digits on them${facts.note}`, ["digits", "canvases", "all right", "digits right"],
+    counts.map(([n, each, whole, good]) => [n, each.toLocaleString("en"), share(whole, each), share(good, n * each)]));
+  const true_ = all, read_ = total(occur.filter(i => i < classes).map(column));
+  by("nearby").textContent = nearby === null ? "" : `Digits, at most one cell off: recall ${share(nearby, true_)}, ` +
+    `precision ${share(nearby, read_)}, F1 ${share(2 * nearby, true_ + read_)}.`;
+}
+
+// Curves of points (step, value) with axes: lines [name, points]
+function plot(title, lines, log, unit) {
+  const svg = (name, attributes, text = "") => {
+    const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+    for (const key in attributes) made.setAttribute(key, attributes[key]);
+    made.textContent = text;
+    return made;
+  };
+  const points = lines.flatMap(([, each]) => each), value = log ? Math.log10 : x => x;
+  const shown = points.map(([, y]) => y).filter(y => !log || y > 0).map(value);
+  const last = Math.max(...points.map(([x]) => x));
+  let low = Math.min(...shown), high = Math.max(...shown);
+  if (high - low < 0.1) [low, high] = [low - 0.1, high + (log ? 0.1 : 0)];
+  const x = step => 52 + 400 * step / last, y = v => 220 - 200 * (clamp(value(v), low, high) - low) / (high - low);
+  const drawing = svg("svg", {viewBox: "0 0 470 270", role: "img", "aria-label": `${title} over steps`});
+  for (let i = 0; i <= 4; i++) {
+    const height = low + (high - low) * i / 4, v = log ? 10 ** height : height, step = Math.round(last * i / 4);
+    drawing.append(svg("line", {x1: 52, x2: 452, y1: y(v), y2: y(v), class: "axis"}),
+      svg("text", {x: 46, y: y(v) + 4, "text-anchor": "end"}, log ? v.toPrecision(1 + (v >= 1)) : v.toFixed(1) + unit),
+      svg("text", {x: x(step), y: 240, "text-anchor": "middle"}, step.toLocaleString("en")));
+  }
+  lines.forEach(([name, each], i) => {
+    const kind = i ? " second" : "", good = each.filter(([, v]) => !log || v > 0);
+    drawing.append(svg("polyline", {class: "line" + kind, points: good.map(([s, v]) => `${x(s)},${y(v)}`).join(" ")}));
+    if (each.length < 30) good.forEach(([s, v]) => drawing.append(svg("circle", {cx: x(s), cy: y(v), r: 3.5,
+      class: "dot" + kind})));
+    drawing.append(svg("line", {x1: 190 + 130 * i, x2: 214 + 130 * i, y1: 8, y2: 8, class: "line" + kind}),
+      svg("text", {x: 220 + 130 * i, y: 12}, name));
+  });
+  drawing.append(svg("text", {x: 252, y: 262, "text-anchor": "middle"}, "step"));
+  by("curves").append(element("figure", {}, element("figcaption", {textContent: title + facts.note}), drawing));
+}
+
+function showRun() {
+  const curve = name => facts.curves[name] || [], hundred = name => curve(name).map(([x, y]) => [x, 100 * y]);
+  if (curve("train loss").length > 1) {
+    plot("Loss: cross entropy of the cells, log scale", [["training", curve("train loss")],
+      ["evaluation", curve("eval loss")]], true, "");
+  }
+  if (curve("eval exact_match").length > 1) {
+    plot("Accuracy on evaluation canvases", [["digits", hundred("eval digit_accuracy")],
+      ["all right", hundred("eval exact_match")]], false, "%");
+  }
+  by("run").append(...facts.run.flatMap(([title, text]) => [element("dt", {textContent: title}),
+    element("dd", {textContent: text, className: title === "command" ? "code" : ""})]));
+}
+
+// The largest difference between the logits here and torch's, on some of the test canvases
+function check() {
+  const size = facts.size;
+  return Math.max(...facts.logits.map((text, i) => {
+    const logits = model.forward({ink: numbers(facts.canvases[i].ink, "uint8"), width: size, height: size});
+    return numbers(text, "float32").reduce((most, value, j) => Math.max(most, Math.abs(value - logits[j])), 0);
+  }));
+}
+
+function start() {
+  const {cell, patch_size: patch, image_size: own} = model.config;
+  const fits = size => size === own || empty !== null && size % cell === 0 && (size / patch) ** 2 <= 4096;
+  const sizes = [...new Set([own, facts.size, ...(empty === null ? [] : [64, 96, 128])])].filter(fits);
+  by("size").append(...sizes.sort((a, b) => a - b).map(size => new Option(`${size} px`, size)));
+  by("sizes").hidden = sizes.length < 2;
+  by("hint").textContent = empty !== null ? "Draw some digits here" : own === model.side ? "Draw one digit here" :
+    "Draw a digit in each square";
+  showCanvases();
+  showFigures();
+  showRun();
+  changed();
+  setTimeout(() => {
+    by("check").textContent = `Largest difference between this page's logits and torch's, on ${facts.logits.length} ` +
+      `of these canvases: ${check().toExponential(0)}.`;
+  }, 100);
+}
+
+start();
+window.reader = {model, facts, check, digits: () => digits, took: () => took, idle: () => !waiting,
+  forward: (ink, width, height) => model.forward({ink, width, height})};
+</script>
+</html>
+'''
 
 
 if __name__ == "__main__":
