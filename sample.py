@@ -1159,6 +1159,7 @@ PAGE = r'''<!doctype html>
   canvas.ink, #ink { filter: invert(1); }
 }
 * { box-sizing: border-box; }
+[hidden] { display: none !important; }
 body { margin: 0 auto; max-width: 70rem; padding: 1.5rem 1rem 4rem; background: var(--ground); color: var(--text);
   font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { margin: 0; font-size: clamp(1.5rem, 5vw, 2.25rem); line-height: 1.2; letter-spacing: -0.02em; }
@@ -1207,8 +1208,9 @@ button:hover, .button:hover { border-color: var(--right); }
 #digits button.wrong { border: 2px dashed var(--wrong); }
 #told { min-height: 1.5em; }
 #canvases { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); }
-#canvases button { display: block; padding: 0.4rem; text-align: left; font-size: 0.8125rem; line-height: 1.35; }
+#canvases button { display: flex; flex-direction: column; align-items: stretch; padding: 0.4rem; text-align: left; font-size: 0.8125rem; line-height: 1.35; }
 #canvases .paper { cursor: pointer; border-radius: 0.25rem; margin-bottom: 0.4rem; touch-action: auto; }
+#canvases .frame span { font-size: 0.625rem; padding: 0 0.2rem; }
 #canvases canvas { image-rendering: pixelated; }
 #canvases .bad { color: var(--wrong); font-weight: 600; }
 .pair { display: grid; gap: 2rem; grid-template-columns: minmax(0, 1fr); }
@@ -1659,7 +1661,7 @@ const FINE = 512;                                   // px that the pad's ink is 
 const MIDDLE = 28;                                  // px, of a frame of MNIST, whose digits are HEIGHT high
 const by = id => document.getElementById(id);
 const percent = share => `${(100 * share).toFixed(1)}%`, clamp = (x, low, high) => Math.min(Math.max(x, low), high);
-const plural = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : word === "canvas" ? "es" : "s"}`;
+const plural = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : word.endsWith("s") ? "es" : "s"}`;
 const median = values => values.sort((a, b) => a - b)[values.length >> 1];
 
 function element(name, options = {}, ...children) {
@@ -1896,15 +1898,20 @@ function readPad() {
   return empty === null ? readGrid(inks) : readPieces(inks);
 }
 
-// Digits -> lines of text, as lines_of and text_of in sample.py: "?" for what is unsure, a blank for a wide gap
-function textOf(digits) {
+// Digits -> lists of them, one for each line as written, as lines_of in sample.py
+function linesOf(digits) {
   const middle = ({box}) => (box.top + box.bottom) / 2, height = median(digits.map(({box}) => tall(box))), lines = [];
   for (const digit of [...digits].sort((a, b) => a.box.left + a.box.right - b.box.left - b.box.right)) {
     const away = line => Math.abs(middle(line[line.length - 1]) - middle(digit));
     const line = lines.filter(each => away(each) <= 0.65 * height).sort((a, b) => away(a) - away(b))[0];
     if (line) line.push(digit); else lines.push([digit]);
   }
-  lines.sort((a, b) => middle(a[0]) - middle(b[0]));
+  return lines.sort((a, b) => middle(a[0]) - middle(b[0]));
+}
+
+// Lines of digits as text, as text_of in sample.py: "?" for what is unsure, a blank for a wide gap
+function textOf(lines) {
+  const height = median(lines.flat().map(({box}) => tall(box)));
   return lines.map(line => {
     const gaps = line.slice(1).map(({box}, i) => box.left - line[i].box.right);
     const usual = gaps.length > 1 ? [...gaps].sort((a, b) => a - b)[gaps.length - 1 >> 1] : 0.5 * height;
@@ -1944,7 +1951,8 @@ function changed() {
 function update() {
   const began = performance.now();
   waiting = 0;
-  digits = readPad();
+  const lines = linesOf(readPad());
+  digits = lines.flat();
   took = performance.now() - began;
   choose(-1);
   by("frames").replaceChildren(...digits.map(({box, digit, confidence}) =>
@@ -1957,7 +1965,7 @@ function update() {
     button.onblur = button.onpointerleave = () => choose(-1);
     return element("li", {}, button);
   }));
-  by("text").textContent = digits.length ? textOf(digits) : "";
+  by("text").textContent = digits.length ? textOf(lines) : "";
   if (!stroke) by("said").textContent = digits.length ? `Read: ${by("text").textContent}` : "";
 }
 
@@ -1993,6 +2001,8 @@ function choose(i) {
   by("told").textContent = `Orange is where the model looked for this ${digit}: attention rollout over all its blocks.`;
 }
 
+const focused = () => [...by("digits").querySelectorAll("button")].indexOf(document.activeElement);
+
 const pointAt = event => {
   const {left, top, width, height} = by("ink").getBoundingClientRect();
   return [clamp((event.clientX - left) / width, 0, 1), clamp((event.clientY - top) / height, 0, 1)];
@@ -2018,7 +2028,7 @@ function draw() {
 by("pad").onpointermove = event => {
   if (!stroke) {
     const i = event.pointerType === "mouse" ? digitAt(pointAt(event)) : chosen;
-    if (i !== chosen) choose(i);
+    if (i !== chosen) choose(i < 0 ? focused() : i);
   } else if (event.pointerId === stroke.pointer) {
     const events = event.getCoalescedEvents?.() ?? [];
     stroke.push(...(events.length ? events : [event]).map(pointAt));
@@ -2038,7 +2048,7 @@ by("pad").onpointerup = by("pad").onpointercancel = event => {
   choose(on);
 };
 
-by("pad").onpointerleave = () => { if (!stroke) choose(-1); };
+by("pad").onpointerleave = () => { if (!stroke) choose(focused()); };
 
 function undo() {
   if (past.length) pad = past.pop();
@@ -2194,14 +2204,17 @@ function plot(title, lines, log, unit) {
   const shown = points.map(([, y]) => y).filter(y => !log || y > 0).map(value);
   const last = Math.max(...points.map(([x]) => x));
   let low = Math.min(...shown), high = Math.max(...shown);
+  if (log) [low, high] = [Math.floor(low), Math.ceil(high)];
   if (high - low < 0.1) [low, high] = [low - 0.1, high + (log ? 0.1 : 0)];
   const x = step => 52 + 400 * step / last, y = v => 220 - 200 * (clamp(value(v), low, high) - low) / (high - low);
   const drawing = svg("svg", {viewBox: "0 0 470 270", role: "img", "aria-label": `${title} over steps`});
-  for (let i = 0; i <= 4; i++) {
-    const height = low + (high - low) * i / 4, v = log ? 10 ** height : height, step = Math.round(last * i / 4);
+  for (let i = 0, ticks = log ? high - low : 4; i <= ticks; i++) {
+    const height = low + (high - low) * i / ticks, v = log ? 10 ** height : height;
     drawing.append(svg("line", {x1: 52, x2: 452, y1: y(v), y2: y(v), class: "axis"}),
-      svg("text", {x: 46, y: y(v) + 4, "text-anchor": "end"}, log ? v.toPrecision(1 + (v >= 1)) : v.toFixed(1) + unit),
-      svg("text", {x: x(step), y: 240, "text-anchor": "middle"}, step.toLocaleString("en")));
+      svg("text", {x: 46, y: y(v) + 4, "text-anchor": "end"}, log ? String(+v.toPrecision(1)) : v.toFixed(1) + unit));
+  }
+  for (const step of [0, 1, 2, 3, 4].map(i => Math.round(last * i / 4))) {
+    drawing.append(svg("text", {x: x(step), y: 240, "text-anchor": "middle"}, step.toLocaleString("en")));
   }
   lines.forEach(([name, each], i) => {
     const kind = i ? " second" : "", good = each.filter(([, v]) => !log || v > 0);

@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -2170,7 +2171,7 @@ def test_help_explains_every_flag(monkeypatch, capsys):
         assert text == settings[name].metadata["help"] + default, name
     for name, text in explained[1].items():
         default = vars(sample.parse([]))[name]
-        assert ("(default: " in text) == (name not in ("mistakes", "attention", "curves", "image", "json")), name
+        assert ("(default: " in text) == (name not in ("mistakes", "attention", "curves", "page", "image", "json")), name
         assert default is None or default is False or f"(default: {default})" in text, name
 
 
@@ -2632,3 +2633,154 @@ def test_curves(flags, finished, tmp_path, capsys):
     assert (out / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and not (other / "curves.png").exists()
     (out / "metrics.jsonl").write_text('{"event": "train"}\n')
     assert_refuses(sample.main, ["--curves", f"--out_dir={out}"], "is not a metrics file of train.py", 1, capsys)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+IN_NODE = """
+const {model: described, ink, size, empty} = JSON.parse(require("fs").readFileSync(0)), model = new ViT(described);
+const canvases = ink.map(text => ({ink: numbers(text, "uint8"), height: size, width: size}));
+console.log(JSON.stringify(canvases.map(canvas => [[...model.forward(canvas)], read(model, canvas, empty),
+  [...model.rollout(canvas, 0)]])));
+"""
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not shutil.which("node"), reason="needs node")
+def test_the_page_computes_what_torch_does():
+    """Every kind of model, at its own size and at larger ones: logits, readings and rollout, in both dtypes."""
+    cells = dict(image_size=32, patch_size=8, cell=8, num_classes=11, dim=16, heads=2)
+    for fields, sizes in ((cells, (24, 32, 64)), (cells | dict(positions="rotary", window=1, overlap=2), (32, 48)),
+                          (cells | dict(patch_size=4, window=2, num_classes=27, mlp_ratio=1.3), (32, 40)),
+                          (dict(image_size=28, patch_size=14, cell=28, dim=20, heads=1, overlap=3), (28, 56)),
+                          (dict(image_size=28, patch_size=7, class_token=True, dim=16, window=1), (28,)),
+                          (dict(image_size=20, patch_size=5, positions="rotary", dim=16), (20,))):
+        model = shaken(**fields)
+        empty = {11: 10, 27: 26}.get(model.config.num_classes)
+        for size, (dtype, limit) in itertools.product(sizes, (("float16", 2e-2), ("float32", 1e-4))):
+            canvases = torch.randint(0, 256, (3, size, size), generator=seeded(), dtype=torch.uint8)
+            canvases[canvases < 128] = 0
+            job = {"model": sample.model_facts(model, dtype), "ink": list(map(sample.encode, canvases)), "size": size,
+                   "empty": empty}
+            script = re.search("<script>(.*?)</script>", sample.PAGE, re.DOTALL)[1] + IN_NODE
+            ran = subprocess.run(["node", "-"], input=script.replace('require("fs").readFileSync(0)',
+                                 "`" + json.dumps(job) + "`"), capture_output=True, text=True, timeout=60)
+            assert ran.returncode == 0, ran.stderr
+            logits, grid = model(data.to_input(canvases)), size // (model.config.cell or size)
+            own = logits.view(3, grid, grid, -1)
+            for i, (found, reading, rollout) in enumerate(json.loads(ran.stdout)):
+                found = torch.tensor(found).view_as(own[i])
+                assert (found - own[i]).abs().max() < limit, (fields, size, dtype)
+                expected = data.read(found[None], empty)[0]
+                assert [(each["digit"], each["row"], each["column"]) for each in reading] == [
+                    each[:3] for each in expected], (fields, size)
+                assert np.allclose([each["confidence"] for each in reading], [each[3] for each in expected], atol=1e-5)
+                if model.config.cell:
+                    expected = sample.attention_rollout(model, canvases[i])[0, 0].flatten()
+                    assert (torch.tensor(rollout) - expected).abs().max() < 2e-2, (fields, size)
+
+
+@contextlib.contextmanager
+def opened(path, **options):
+    """A page in a browser, and the list of what it complains of and asks the network for."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("needs chromium")
+    with playwright.sync_playwright() as driver:
+        page = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page(**options)
+        complaints = []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
+        page.on("request", lambda request: complaints.append(request.url)
+                if request.url != path.as_uri() and not request.url.startswith("data:") else None)
+        page.goto(path.as_uri())
+        yield page, complaints
+
+
+def settled(page):
+    for _ in range(500):
+        page.wait_for_timeout(20)
+        if page.evaluate("reader.idle()"):
+            return page.evaluate("reader.digits()")
+    raise AssertionError("the page is still reading")
+
+
+def draw_with_the_mouse(page, digit, left, top, height):
+    """The strokes of one of the program's own digits, in shares of the pad."""
+    weights, controls = data.stroke_weights()
+    points = (weights[digit] @ controls[digit]) * height + torch.tensor([left, top])
+    pad, steps = page.locator("#ink").bounding_box(), points.diff(dim=0).norm(dim=1)
+    jumps = (steps > 6 * steps.median()).nonzero()[:, 0] + 1
+    for stroke in points.tensor_split(jumps):
+        places = (stroke * pad["width"] + torch.tensor([pad["x"], pad["y"]])).tolist()
+        page.mouse.move(*places[0])
+        page.mouse.down()
+        for place in places[1:]:
+            page.mouse.move(*place)
+        page.mouse.up()
+
+
+@pytest.mark.parametrize("phase", data.PHASES)
+def test_the_page_in_a_browser(finished, tmp_path, phase, capsys):
+    """From a folder whose name is markup: it is shown as text. The pad is drawn on, read, emptied and filled."""
+    name = "<img src=x onerror=alert(1)>"
+    out = shutil.copytree(finished(phase), tmp_path / name)
+    sample.main(["--page", f"--out_dir={out}", "--test_canvases=100"])
+    assert f"wrote {out / 'page.html'} (" in capsys.readouterr().out
+    with opened(out / "page.html", viewport={"width": 360, "height": 800}) as (page, complaints):
+        assert page.evaluate("reader.check()") < 2e-2 and page.locator("#run dd").first.inner_text() == name
+        assert page.evaluate("document.documentElement.scrollWidth") == 360
+        page.evaluate("model.weights['head.bias'][3] = 50")                 # a model that reads nothing but threes
+        draw_with_the_mouse(page, 7, 0.1, 0.1, 0.3)
+        found = settled(page)
+        assert {each["digit"] for each in found} == {3} and all(each["canvas"]["ink"] for each in found)
+        assert "3" in page.locator("#text").inner_text() and page.locator(".frame.wrong, .frame").count() >= len(found)
+        page.locator("#digits button").first.focus()
+        assert "looked for this 3" in page.locator("#told").inner_text()
+        page.keyboard.press("Delete")
+        assert settled(page) == [] and page.locator("#hint").is_visible()
+        page.locator("#canvases button").last.click()                       # a test canvas comes px by px
+        number = len(page.locator("#canvases button").all()) - 1
+        settled(page)
+        ink = page.evaluate("Array.from(inkOf(pad.size, pad.size, into => paintPicture(into, pad.size)))")
+        assert ink == page.evaluate(f"Array.from(numbers(facts.canvases[{number}].ink, 'uint8'))")
+        assert complaints == []
+
+
+@needs_mnist
+def test_drawings_on_the_page_are_read(tmp_path, capsys):
+    """By a model that learnt real digits, if for a short time: digits of any size, and those of a picture."""
+    flags = [f"--data_dir={os.environ['MNIST_DIR']}", f"--out_dir={tmp_path}"]
+    train.main([*flags, "--phase=3", "--max_steps=300", "--eval_every=0", "--test_canvases=200"])
+    sample.main([*flags, "--page", "--test_canvases=200"])
+    with opened(tmp_path / "page.html") as (page, complaints):
+        right = 0
+        for digit, height in itertools.product((0, 1, 2, 3, 5, 7), (0.2, 0.6)):
+            page.keyboard.press("Delete")
+            draw_with_the_mouse(page, digit, 0.15, 0.15, height)
+            right += [each["digit"] for each in settled(page)] == [digit]
+        assert right >= 10 and complaints == []
+
+
+def test_the_page_refuses_what_it_would_compute_wrongly(finished, tmp_path, capsys):
+    model = shaken(image_size=8, patch_size=4, dim=16)
+    for change, words in ((lambda: setattr(model, "scale", torch.nn.Parameter(torch.ones(1))), "this model: scale"),
+                          (lambda: model.head.weight.data.fill_(1e9), "too large for float16")):
+        copied = copy.deepcopy(model)
+        change()
+        assert words in value_error_of(sample.model_facts, model, "float16")
+        model = copied
+    settings = checkpoint_of(finished(3))
+    command = sample.command_of(settings)
+    assert command.startswith("python train.py --phase=3 --data=custom --test_canvases=100 --max_steps=12 ")
+    again = train.asdict(train.settle(train.parse(shlex.split(command)[2:]), {}))
+    other = {name for name, value in settings["settings"].items() if again[name] != value}
+    assert other <= {"data", "data_dir", "out_dir", "device", "log_every", "save_every"}
+    (tmp_path / "metrics.jsonl").write_text('{"event": "train", "step": 1, "loss": NaN, "lr": 1}\n')
+    assert sample.points_of(tmp_path / "metrics.jsonl")["train loss"] == []
+    (tmp_path / "metrics.jsonl").write_text('{"event": "train", "step": {}, "loss": 1, "lr": 1}\n')
+    assert "is not a metrics file" in value_error_of(sample.points_of, tmp_path / "metrics.jsonl")

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import reprlib
+import shlex
 import shutil
 import signal
 import sys
@@ -1105,7 +1106,8 @@ def run(signals=False, **given):
         f"run: step {trainer.steps:,} to {settings.max_steps:,}, {settings.batch_size} canvases each, "
         f"seed {settings.seed}, in {path.parent}" + (f", {processes} processes" if processes > 1 else ""))
     facts = {"version": VERSION, "phase": settings.phase, "data": kind, "canvas": layout_options,
-             "config": asdict(config), "settings": asdict(settings)}
+             "config": asdict(config), "settings": asdict(settings),
+             "device": f"{device}, {str(dtype).removeprefix('torch.')}"}
 
     if settings.compile:
         trainer.backward(*trainer.draw())           # compiles now, before the clock of the training starts
@@ -1127,7 +1129,8 @@ def run(signals=False, **given):
         log.finish(path)
     seconds = figures["train_seconds"]
     images_per_second = f"{trainer.steps * settings.batch_size / seconds:,.0f}"
-    say(table(figures, {"training": f"{seconds:.1f} s", "images/s": images_per_second, "checkpoint": path}))
+    say(table(figures, {"training": f"{seconds:.1f} s", "images/s": images_per_second, "checkpoint": path,
+                         "draw on it": f"python sample.py --page --out_dir={shlex.quote(str(path.parent))}"}))
     return Result(figures, trainer.averaged)
 
 
