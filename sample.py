@@ -1208,7 +1208,8 @@ button:hover, .button:hover { border-color: var(--right); }
 #digits button.wrong { border: 2px dashed var(--wrong); }
 #told { min-height: 1.5em; }
 #canvases { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); }
-#canvases button { display: flex; flex-direction: column; align-items: stretch; padding: 0.4rem; text-align: left; font-size: 0.8125rem; line-height: 1.35; }
+#canvases button { display: flex; flex-direction: column; align-items: stretch;
+  padding: 0.4rem; text-align: left; font-size: 0.8125rem; line-height: 1.35; }
 #canvases .paper { cursor: pointer; border-radius: 0.25rem; margin-bottom: 0.4rem; touch-action: auto; }
 #canvases .frame span { font-size: 0.625rem; padding: 0 0.2rem; }
 #canvases canvas { image-rendering: pixelated; }
