@@ -2427,7 +2427,8 @@ def page_of(digits, height, gap=0.5):
 def test_the_height_of_digits_on_a_page_is_found(drawn, tmp_path):
     """In any size, either polarity, in shadow, with a rule, squares or a box, with transparent
     margins."""
-    for height, case in itertools.product((14, 40, 120, 400), ("", "shadow", "rule", "box", "margins", "squares")):
+    cases = ("", "shadow", "rule", "box", "margins", "squares")
+    for height, case in [*itertools.product((14, 40, 120), cases), (400, ""), (400, "rule")]:
         ink, _ = page_of(drawn[0][:3], height)
         thick, rows, columns = max(1, height // 20), *ink.shape
         if case == "squares":
