@@ -319,7 +319,8 @@ def attention_rollout(model, canvas):
     for attention in maps:
         rollout = (attention + identity) / 2 @ rollout
     rows, columns, k = canvas.shape[0] // patch, canvas.shape[1] // patch, cell // patch
-    rollout = rollout.view(rows // k, k, columns // k, k, rows, columns).mean((1, 3))
+    rollout = rollout[model.prefix:, model.prefix:]                         # from patches, to patches
+    rollout = rollout.reshape(rows // k, k, columns // k, k, rows, columns).mean((1, 3))
     return rollout / rollout.amax((2, 3), keepdim=True)
 
 
@@ -641,13 +642,16 @@ def strokes(ink):
 
 
 def height_of(picture):
-    """The height of the digits in a picture, float (H, W), px: the median of its pieces' that are at least 0.45 of the
-    tallest. Shadows and the table beside the page reach the picture's edge: what does counts only if nothing else is
-    there. None where there is no ink."""
+    """The height of the digits in a picture, float (H, W), px: the median over its pieces that are at least LOWEST
+    times as high as the tallest. Pieces that touch the picture's edge, such as shadows and the table beside the page,
+    count only if there are no others. None if there is no ink."""
     ink, height = ink_of(picture, max(max(picture.shape) / 8, 16)), None
     down, across = (round(0.75 * side) for side in picture.shape)
     for _ in range(2):                          # more rules are found once digits' height bounds their length
         _, box, _ = strokes(without_rules(ink, across, down))
+        if not len(box) and height is None:     # in a close crop, a 1 is as long as a rule
+            _, box, _ = strokes(ink)
+            box = box[box[:, 2] - box[:, 0] > box[:, 3] - box[:, 1]]
         if not len(box):
             break
         inside = (box[:, :2] > 0).all(1) & (box[:, 2:] < torch.tensor(picture.shape)).all(1)

@@ -41,7 +41,7 @@ class ViTConfig:
     mlp_ratio: float = 2.0      # hidden width of the MLP, in units of dim
     layer_scale: bool = False   # each branch of a block times a learned vector, so that a deep model starts calmly
     dropout: float = 0.0        # share of activations dropped in training
-    drop_path: float = 0.0      # drop path rate of the last block in training; it rises linearly from 0
+    drop_path: float = 0.0      # drop path rate of the last block in training; it rises linearly from 0 at the first
     class_token: bool = False   # a token of its own for the whole image; without cells, the head reads it alone
     class_position: bool = True  # whether the class token has a learned position too; registers never have one
     registers: int = 0          # more tokens, where attention can keep what belongs to no patch
@@ -94,7 +94,8 @@ class ViTConfig:
             return sum(parameter.numel() for parameter in ViT(self).parameters())
 
     def flops(self, height=None, width=None):
-        """FLOPs of a forward pass of one image, by default of image_size: 2 a multiply-add, matrix products alone."""
+        """FLOPs of a forward pass of one image, by default of image_size: 2 for each multiply-add of matrix products
+        (those that resample positions are left out)."""
         height, width = height or self.image_size, width or self.image_size
         patches = (height // self.patch_size) * (width // self.patch_size)
         tokens = patches + self.class_token + self.registers
@@ -168,9 +169,9 @@ def resample_positions(positions, prefix, rows, columns):
 
 
 class PatchEmbedding(nn.Conv2d):
-    """Images (B, C, H, W) -> (B, dim, rows, columns): a convolution, computed as one matrix product over all patches.
-    Its channels are side by side in memory, so tokens are a view; torch's own have to be copied (a training step takes
-    x0.83 to x0.9)."""
+    """Images (B, C, H, W) -> (B, dim, rows, columns). A Conv2d to tools and by name, but computed as one matrix product
+    over all patches: its channels lie side by side, so tokens are a view, where a Conv2d's output would be copied (a
+    training step takes x0.83 to x0.9)."""
 
     def forward(self, images):
         side, stride, overlap = self.kernel_size[0], self.stride[0], self.padding[0]
@@ -195,7 +196,7 @@ class Attention(nn.Module):
         bias = None if bias is None else bias.to(q.dtype)           # (N, N)
         # On a CPU the plain form beats torch's kernel where sequences are short: forward and backward it takes x0.5 to
         # x0.9 of the kernel's time at 64 tokens in float32; in bfloat16 x0.13 at 64, x0.45 at 256, x0.7 at 576
-        few = isinstance(N, int) and N <= (512 if q.dtype == torch.bfloat16 else 64)    # N may be a symbol: see above
+        few = isinstance(N, int) and N <= (512 if q.dtype == torch.bfloat16 else 64)    # in an export, N is a symbol
         if maps is not None or x.is_cpu and few:
             scores = q * q.shape[-1] ** -0.5 @ k.mT                 # (B, heads, N, N): from each token to all
             weights = (scores if bias is None else scores + bias).softmax(-1)
@@ -245,7 +246,7 @@ class Block(nn.Module):
         return x
 
 
-# What a state dict is that does not fit: how a name in it begins, and what to do. {0}, {1}: the shape of the tensor
+# Hints for a state dict that does not fit: what one of its names begins with, and advice. {0}, {1}: the tensor's shape
 CLUES = {
     r"(module|_orig_mod)\.": 'of a wrapped model; rename to name.split("module.")[-1].split("_orig_mod.")[-1]',
     r"(model|state_dict|teacher)$": "the state dict is one level down",
@@ -254,8 +255,9 @@ CLUES = {
     r"blocks\.0\.ls1\.gamma": "layer_scale=True",
     r"cls_token": "class_token=True",
     r"reg_token": "registers={1}",
-    r"pos_embed": "n * n positions: class_position=False; 1 more: True; yet more: add those of registers to reg_token",
-    r"patch_embed\.proj\.weight": "dim={0}, in_channels={1}, patch_size={2}",
+    r"pos_embed": "n * n positions: class_token=False or class_position=False; one more: both True; more: registers "
+                  "have positions too, which can be added to reg_token",
+    r"patch_embed\.proj\.weight": "dim={0}, in_channels={1}, patch_size + 2 * overlap={2}",
     r"head\.weight": "num_classes={0}; for other classes leave out head and pass strict=False",
     r"dist_token|head_dist|fc_norm|norm_pre|blocks\.0\.mlp\.w12":
         "another model: distilled (dist), with a norm after the mean (fc_norm), CLIP (norm_pre) or with SwiGLU (w12)",
@@ -295,21 +297,22 @@ class ViT(nn.Module):
 
     @classmethod
     def load(cls, path):
-        """The model of a checkpoint {"config": fields of ViTConfig, "average": state dict}, in eval mode, on the CPU.
-        ValueError in one line if it is no such checkpoint. Nothing is built before the tensors are known to fit."""
+        """The model of a checkpoint, in eval mode, on the CPU. ValueError in one line if it is no such checkpoint.
+        To save one: torch.save({"config": asdict(model.config), "average": model.state_dict()}, path)."""
         try:
             checkpoint = read_checkpoint(path)
             config, state = ViTConfig(**checkpoint["config"]), checkpoint["average"]
-            with torch.device("meta"):  # all blocks are alike, so one says what the tensors of all have to be
+            # Before a model is built, the tensors have to fit. All blocks are alike, so one says what theirs have to be
+            with torch.device("meta"):
                 one = cls(replace(config, depth=1)).state_dict()
             count = len(one) + (config.depth - 1) * sum(name.startswith("blocks.") for name in one)
             if len(state) != count:
                 raise ValueError(f"it has {len(state):,} tensors, its config asks for {count:,}")
             for name, tensor in one.items():
                 for i in range(config.depth if name.startswith("blocks.") else 1):
-                    found = state[name.replace("blocks.0.", f"blocks.{i}.")].shape
-                    if found != tensor.shape:
-                        raise ValueError(f"its {name} is {tuple(found)}, its config asks for {tuple(tensor.shape)}")
+                    own = name.replace("blocks.0.", f"blocks.{i}.")
+                    if (found := state[own].shape) != tensor.shape:
+                        raise ValueError(f"its {own} is {tuple(found)}, its config asks for {tuple(tensor.shape)}")
             if sum(tensor.nbytes for tensor in state.values()) > os.path.getsize(path):     # expanded ones
                 raise ValueError("its tensors take more bytes than the file has")
             with torch.device("meta"):
@@ -375,7 +378,7 @@ class ViT(nn.Module):
         return self.norm(x)
 
     def attention_maps(self, images):
-        """Images -> (depth, B, heads, prefix + N, prefix + N): how much each token (row) takes from each (column)."""
+        """Images -> (depth, B, heads, prefix + N, prefix + N): how much each token (row) attends to each (column)."""
         maps = []
         self.forward_features(images, maps)
         return torch.stack(maps)
