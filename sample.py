@@ -266,15 +266,15 @@ def verdict(findings):
     return f"{mistakes} wrong" if mistakes else "all right" if findings else "nothing there"
 
 
-def page_tile(page, largest):
-    """The picture of a Page, at most `largest` px a side: each digit with its reading in a frame, red and dashed where
-    it is unsure."""
-    height, width = page.picture.shape
+def reading_tile(reading, largest):
+    """The picture of a Reading, at most `largest` px a side: each digit in a frame with its reading, red and dashed
+    where it is unsure."""
+    height, width = reading.picture.shape
     scale = min(1, largest / max(height, width))
-    grey = resize(page.picture, max(1, round(height * scale)), max(1, round(width * scale)))
+    grey = resize(reading.picture, max(1, round(height * scale)), max(1, round(width * scale)))
     picture = np.repeat((255 * grey).byte().numpy()[:, :, None], 3, axis=2)
-    for digit in page.record["digits"]:
-        left, top, width, height = (round(scale * side / page.shrunk) for side in digit["box"])
+    for digit in reading.record["digits"]:
+        left, top, width, height = (round(scale * side / reading.shrunk) for side in digit["box"])
         unsure = digit["confidence"] < UNSURE
         colour = RED if unsure else GREEN
         draw_frame(picture, max(0, top - 3), max(0, left - 3), height + 6, width + 6, colour, dashed=unsure)
@@ -725,7 +725,7 @@ def box_of(piece, place, count, cell, scale, corner):
     return box
 
 
-class Page(NamedTuple):
+class Reading(NamedTuple):
     """A picture that was read."""
     record: dict            # see `read_picture`
     picture: torch.Tensor   # float (H, W)
@@ -774,8 +774,8 @@ def digits_in_grid(model, picture):
     return height, digits, [(canvas, logits)], ""
 
 
-def read_page(model, path, digit_height=None):
-    """The Page in a picture file. ValueError if it cannot be read."""
+def read_file(model, path, digit_height=None):
+    """The Reading in a picture file. ValueError if it cannot be read."""
     picture, shrunk = load_picture(Path(path), digit_height)
     find = digits_in_grid if model.config.cell == data.FRAME else find_digits
     least = 0 if find is digits_in_grid else UNSURE                         # in a grid, there is a digit for sure
@@ -786,14 +786,14 @@ def read_page(model, path, digit_height=None):
     lines = lines_of(digits, shrunk * height) if digits else []
     record = {"file": str(path), "text": "\n".join(text_of(line, shrunk * height, least) for line in lines),
               "digit_height": height and round(shrunk * height, 1), "digits": sum(lines, [])}
-    return Page(record, picture, shrunk, canvases, note)
+    return Reading(record, picture, shrunk, canvases, note)
 
 
 def read_picture(model, path, digit_height=None):
     """What a model reads in a picture file: {"file", "text", "digit_height", "digits": [{"digit", "confidence",
     "box": [left, top, width, height]}]}, px of the picture, digits in reading order. `text` has a line for each line of
     the page, "?" for what is unsure. digit_height: px, where it is known. ValueError for a file that cannot be read."""
-    return read_page(model, path, digit_height).record
+    return read_file(model, path, digit_height).record
 
 
 def lines_of(digits, height):
@@ -923,17 +923,17 @@ def read_pictures(flags, folder, model):
     tiles, attention = [], []
     for file in flags.image:
         try:
-            page = read_page(model, file, flags.digit_height)
+            reading = read_file(model, file, flags.digit_height)
         except ValueError as error:
             print(f"sample.py: {error if file in str(error) else f'{file}: {error}'}", file=sys.stderr)
             continue
-        tiles.append(page_tile(page, max(300, 1200 // min(4, len(flags.image)))))
+        tiles.append(reading_tile(reading, max(300, 1200 // min(4, len(flags.image)))))
         if flags.json:
-            print(json.dumps(page.record), flush=True)
+            print(json.dumps(reading.record), flush=True)
             continue
-        print("", *page_report(page, sys.stdout.isatty() and "NO_COLOR" not in os.environ), sep="\n", flush=True)
+        print("", *reading_report(reading, sys.stdout.isatty() and "NO_COLOR" not in os.environ), sep="\n", flush=True)
         if flags.attention:
-            attention += attention_rows(model, page.canvases[:MOST_ATTENTION])
+            attention += attention_rows(model, reading.canvases[:MOST_ATTENTION])
     if tiles and not flags.json:
         save_png(folder / "image.png", tiles[0] if len(tiles) == 1 else sheet(in_rows(tiles)))
         save_attention(flags, folder, attention)
@@ -941,13 +941,13 @@ def read_pictures(flags, folder, model):
         raise SystemExit(1)
 
 
-def page_report(page, colour):
-    """What a Page says, how sure that is, and the canvas where there is one that fits a terminal: lines of text."""
-    record, lines = page.record, [page.record["file"]]
-    if len(page.canvases) == 1 and page.canvases[0][0].shape[1] <= 78:
-        lines += draw(page.canvases[0][0], colour)
+def reading_report(reading, colour):
+    """What a Reading says, how sure that is, and the canvas where there is one that fits a terminal: lines of text."""
+    record, lines = reading.record, [reading.record["file"]]
+    if len(reading.canvases) == 1 and reading.canvases[0][0].shape[1] <= 78:
+        lines += draw(reading.canvases[0][0], colour)
     if not record["digits"]:                                                # say why
-        return [*lines, f"  nothing: {page.note}"]
+        return [*lines, f"  nothing: {reading.note}"]
     shares = [digit["confidence"] for digit in record["digits"]]
     unsure = [f"{digit['digit']} ({100 * digit['confidence']:.0f}%)" for digit in record["digits"]
               if digit["confidence"] < UNSURE]

@@ -2213,12 +2213,12 @@ def test_drawing_and_mistakes_in_the_terminal(monkeypatch):
     monkeypatch.setattr(sample, "UNSURE", 0.6)
     record = {"file": "my.png", "text": "3\n?", "digit_height": 20.4, "digits": [
         {"digit": digit, "confidence": share} for digit, _, _, share in reading]}
-    page = sample.Page(record, canvas, 1, [(canvas, None)], "")
-    assert sample.page_report(page, colour=False) == [
+    page = sample.Reading(record, canvas, 1, [(canvas, None)], "")
+    assert sample.reading_report(page, colour=False) == [
         "my.png", "┌────┐", "│ ▀▄█│", "└────┘", "  3", "  ?",
         "  (2 digits of about 20 px, 74.5% sure on average; unsure: 7 (50%))"]
     page = page._replace(record=record | {"digits": []}, canvases=[], note="no ink")
-    assert sample.page_report(page, colour=False) == ["my.png", "  nothing: no ink"]
+    assert sample.reading_report(page, colour=False) == ["my.png", "  nothing: no ink"]
 
 
 def test_figures():
