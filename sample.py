@@ -1351,17 +1351,13 @@ function rotate(x, {cos, sin}, half) {
   }
 }
 
-// The tokens that each token attends to, as spans [from, to): what window_bias allows, without the rest
-function windowSpans(rows, columns, window, prefix) {
-  const spans = new Array(prefix + rows * columns).fill([[0, prefix + rows * columns]]);
-  for (let i = 0; window && i < rows * columns; i++) {
-    const row = Math.floor(i / columns), column = i % columns, own = spans[prefix + i] = prefix ? [[0, prefix]] : [];
-    for (let r = Math.max(0, row - window); r <= Math.min(rows - 1, row + window); r++) {
-      const start = prefix + r * columns;
-      own.push([start + Math.max(0, column - window), start + Math.min(columns, column + window + 1)]);
-    }
-  }
-  return spans;
+// The tokens that each token attends to: what window_bias allows
+function windowKeys(rows, columns, window, prefix) {
+  const all = Int32Array.from({length: prefix + rows * columns}, (_, i) => i);
+  const near = (i, j) => Math.abs(Math.floor(i / columns) - Math.floor(j / columns)) <= window &&
+    Math.abs(i % columns - j % columns) <= window;
+  return Array.from(all, i => i < prefix || !window ? all :
+    all.filter(j => j < prefix || near(i - prefix, j - prefix)));
 }
 
 // Bicubic and anti-aliased interpolation from `from` to `to` points, as torch has it (a = -0.5): weights (to, from)
@@ -1458,23 +1454,34 @@ function columnsOf(x, width, from, count, factor) {
 }
 
 // One head: q, k, v (N, D) -> written into columns `column` on of y (N, dim). map (N, N) gets `share` of the weights.
-function attend(q, k, v, D, spans, y, dim, column, map, share) {
+// Four keys, and then four channels, share what they load; at the edges the last ones are computed again instead.
+function attend(q, k, v, D, keysOf, y, dim, column, map, share) {
   const N = q.length / D, weights = new Float64Array(N);
   for (let i = 0; i < N; i++) {
+    const keys = keysOf[i], last = keys.length - 1;
     let largest = -Infinity, sum = 0;
-    for (const [from, to] of spans[i]) for (let j = from; j < to; j++) {
-      let score = 0;
-      for (let d = 0, a = i * D, b = j * D; d < D; d++) score += q[a + d] * k[b + d];
-      weights[j] = score;
-      if (score > largest) largest = score;
+    for (let n = 0; n <= last; n += 4) {
+      const n1 = Math.min(n + 1, last), n2 = Math.min(n + 2, last), n3 = Math.min(n + 3, last);
+      const k0 = keys[n] * D, k1 = keys[n1] * D, k2 = keys[n2] * D, k3 = keys[n3] * D, from = i * D;
+      let s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+      for (let d = 0; d < D; d++) {
+        const each = q[from + d];
+        s0 += each * k[k0 + d]; s1 += each * k[k1 + d]; s2 += each * k[k2 + d]; s3 += each * k[k3 + d];
+      }
+      weights[n] = s0; weights[n1] = s1; weights[n2] = s2; weights[n3] = s3;
+      largest = Math.max(largest, s0, s1, s2, s3);
     }
-    for (const [from, to] of spans[i]) for (let j = from; j < to; j++) {
-      sum += weights[j] = Math.exp(weights[j] - largest);
-    }
-    for (const [from, to] of spans[i]) for (let j = from; j < to; j++) {
-      const weight = weights[j] / sum;
-      for (let d = 0, a = i * dim + column, b = j * D; d < D; d++) y[a + d] += weight * v[b + d];
-      if (map) map[i * N + j] += share * weight;
+    for (let n = 0; n <= last; n++) sum += weights[n] = Math.exp(weights[n] - largest);
+    for (let n = 0; map && n <= last; n++) map[i * N + keys[n]] += share * weights[n] / sum;
+    for (let d = 0; d < D; d += 4) {
+      const d1 = Math.min(d + 1, D - 1), d2 = Math.min(d + 2, D - 1), d3 = Math.min(d + 3, D - 1);
+      let s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+      for (let n = 0; n <= last; n++) {
+        const each = weights[n], from = keys[n] * D;
+        s0 += each * v[from + d]; s1 += each * v[from + d1]; s2 += each * v[from + d2]; s3 += each * v[from + d3];
+      }
+      const to = i * dim + column;
+      y[to + d] = s0 / sum; y[to + d1] = s1 / sum; y[to + d2] = s2 / sum; y[to + d3] = s3 / sum;
     }
   }
 }
@@ -1509,13 +1516,13 @@ class ViT {
     return this.linear(patches, "patch_embed.proj");
   }
 
-  attention(x, name, rotary, spans, maps) {
+  attention(x, name, rotary, keys, maps) {
     const {dim, heads} = this.config, D = dim / heads, N = x.length / dim, y = new Float64Array(x.length);
     const qkv = this.linear(x, name + ".qkv"), map = maps && new Float32Array(N * N);       // (N, 3 * dim)
     for (let head = 0; head < heads; head++) {
       const [q, k, v] = [D ** -0.5, 1, 1].map((factor, i) => columnsOf(qkv, 3 * dim, i * dim + head * D, D, factor));
       if (rotary) [q, k].forEach(each => rotate(each, rotary, D / 2));
-      attend(q, k, v, D, spans, y, dim, head * D, map, 1 / heads);
+      attend(q, k, v, D, keys, y, dim, head * D, map, 1 / heads);
     }
     if (maps) maps.push(map);
     return this.linear(y, name + ".proj");
@@ -1523,9 +1530,9 @@ class ViT {
 
   mlp(x, name) { return this.linear(gelu(this.linear(x, name + ".fc1")), name + ".fc2"); }
 
-  block(x, name, rotary, spans, maps) {
+  block(x, name, rotary, keys, maps) {
     const add = branch => branch.forEach((value, i) => { x[i] += value; });
-    add(this.attention(this.norm(x, name + ".norm1"), name + ".attn", rotary, spans, maps));
+    add(this.attention(this.norm(x, name + ".norm1"), name + ".attn", rotary, keys, maps));
     add(this.mlp(this.norm(x, name + ".norm2"), name + ".mlp"));
   }
 
@@ -1551,8 +1558,8 @@ class ViT {
       const table = resamplePositions(this.weights.pos_embed, prefix, rows, columns, dim);
       x.forEach((value, i) => { x[i] = value + table[i]; });
     } else rotary = rotaryTable(rows, columns, dim / heads, prefix);
-    const spans = windowSpans(rows, columns, window, prefix);
-    for (let i = 0; i < depth; i++) this.block(x, `blocks.${i}`, rotary, spans, maps);
+    const keys = windowKeys(rows, columns, window, prefix);
+    for (let i = 0; i < depth; i++) this.block(x, `blocks.${i}`, rotary, keys, maps);
     return this.norm(x, "norm");
   }
 
