@@ -1668,13 +1668,15 @@ function read(model, canvas, empty, apart = 2) {
 // Ink is black, and its alpha says how much of it there is: so the style can turn it white.
 
 const facts = JSON.parse(document.getElementById("facts").textContent), model = new ViT(facts.model);
-const {HEIGHT, LOWEST, UNSURE, FAINT} = facts.limits, {empty, classes} = facts;
+const {HEIGHT, LOWEST, UNSURE, FAINT} = facts.limits, {empty} = facts;
 const FINE = 512;                                   // px that the pad's ink is cut into pieces at
-const MIDDLE = 28;                                  // px, of a frame of MNIST, whose digits are HEIGHT high
+const INK = 77;                                     // of 255: what is less is not part of a piece
 const by = id => document.getElementById(id);
-const percent = share => `${(100 * share).toFixed(1)}%`, clamp = (x, low, high) => Math.min(Math.max(x, low), high);
+const percent = (part, whole = 1) => whole ? `${(100 * part / whole).toFixed(1)}%` : "–";
 const plural = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : word.endsWith("s") ? "es" : "s"}`;
+const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
 const median = values => values.sort((a, b) => a - b)[values.length >> 1];
+const total = values => values.reduce((a, b) => a + b, 0);
 
 function element(name, options = {}, ...children) {
   const made = Object.assign(document.createElement(name), options);
@@ -1688,11 +1690,11 @@ function context(width, height) {
   return element("canvas", {width, height}).getContext("2d", {willReadFrequently: true});
 }
 
-// The ink, a byte a px, of what is drawn into a context of that size
-function inkOf(width, height, draw) {
+// The ink, a byte a px, of what is drawn into a context of that size, without what is fainter than `least`
+function inkOf(width, height, draw, least = FAINT) {
   const into = context(width, height);
   draw(into);
-  return into.getImageData(0, 0, width, height).data.filter((_, i) => i % 4 === 3);
+  return into.getImageData(0, 0, width, height).data.filter((_, i) => i % 4 === 3).map(a => a > least ? a : 0);
 }
 
 // The other way: a canvas with that ink
@@ -1703,88 +1705,83 @@ function pictureOf(ink, width, height) {
   return into.canvas;
 }
 
-// Strokes are lists of points [x, y]; side: px that 1 becomes; pen: its width, px
-function paint(into, strokes, side, pen, left = 0, top = 0) {
+// Half the size until a browser's interpolation, of 2 x 2 px, leaves nothing out
+function drawShrunk(into, picture, left, top, side) {
+  for (let half = picture.width / 2; half > side; half /= 2) {
+    const smaller = context(half, half);
+    smaller.drawImage(picture, 0, 0, half, half);
+    picture = smaller.canvas;
+  }
+  into.drawImage(picture, left, top, side, side);
+}
+
+// Strokes are lists of points [x, y]; `side` px of the context are the pad's 1, and its corner is at (left, top)
+function paint(into, strokes, side, width, left = 0, top = 0) {
   into.lineCap = into.lineJoin = "round";
-  into.lineWidth = pen;
+  into.lineWidth = width;
   for (const stroke of strokes) {
     into.beginPath();
     for (const [x, y] of stroke) into.lineTo(left + x * side, top + y * side);
-    if (stroke.length === 1) into.lineTo(left + stroke[0][0] * side + 0.01, top + stroke[0][1] * side);
     into.stroke();
   }
 }
 
-function paintPicture(into, side) {
-  into.imageSmoothingEnabled = !pad.exact;
+function paintPad(into, side) {
+  into.imageSmoothingEnabled = !pad.whole;          // a test canvas shows its px
   if (pad.picture) into.drawImage(pad.picture, 0, 0, side, side);
-}
-
-// Ink (width, height) by the mean over the area that each new px covers
-function resize(ink, width, height, newWidth, newHeight) {
-  const shrink = (from, to, lines, at) => {         // along one axis: `to` values of each of the lines
-    const out = new Float64Array(to * lines), each = from / to;
-    for (let i = 0; i < to; i++) for (let j = Math.floor(i * each); j < Math.min(from, (i + 1) * each); j++) {
-      const share = (Math.min(j + 1, (i + 1) * each) - Math.max(j, i * each)) / each;
-      for (let line = 0; line < lines; line++) out[i * lines + line] += share * at(j, line);
-    }
-    return out;
-  };
-  const rows = shrink(height, newHeight, width, (y, x) => ink[y * width + x]);
-  const columns = shrink(width, newWidth, newHeight, (x, y) => rows[y * width + x]);
-  return Uint8Array.from({length: newWidth * newHeight}, (_, i) =>
-    Math.round(columns[i % newWidth * newHeight + Math.floor(i / newWidth)]));
+  paint(into, pad.strokes, side, pen() / pad.size * side);
 }
 
 // ---- Pieces: what touches is one, and so is what is drawn as one digit
 
-function piecesOf(ink, side) {
-  const label = new Int32Array(side * side), pieces = [], stack = [];
-  for (let start = 0; start < ink.length; start++) {
-    if (ink[start] < 77 || label[start]) continue;
-    const piece = {numbers: [pieces.length + 1], left: side, top: side, right: 0, bottom: 0, mass: 0};
-    const visit = i => { label[i] = piece.numbers[0]; stack.push(i); };
+// Ink of the pad -> its pieces, and for each px the number of its piece, from 1, or 0
+function piecesOf(fine) {
+  const label = new Uint32Array(fine.length), pieces = [], stack = [];
+  for (let start = 0; start < fine.length; start++) {
+    if (fine[start] < INK || label[start]) continue;
+    const number = pieces.length + 1, visit = i => { label[i] = number; stack.push(i); };
+    let left = FINE, top = FINE, right = 0, bottom = 0;
     for (visit(start); stack.length;) {
-      const i = stack.pop(), x = i % side, y = Math.floor(i / side);
-      piece.left = Math.min(piece.left, x); piece.right = Math.max(piece.right, x + 1);
-      piece.top = Math.min(piece.top, y); piece.bottom = Math.max(piece.bottom, y + 1);
-      piece.mass += ink[i];
-      for (let v = Math.max(0, y - 1); v < Math.min(side, y + 2); v++) {
-        for (let u = Math.max(0, x - 1); u < Math.min(side, x + 2); u++) {
-          if (ink[v * side + u] >= 77 && !label[v * side + u]) visit(v * side + u);
+      const i = stack.pop(), x = i % FINE, y = Math.floor(i / FINE);
+      left = Math.min(left, x); right = Math.max(right, x + 1);
+      top = Math.min(top, y); bottom = Math.max(bottom, y + 1);
+      for (let v = Math.max(0, y - 1); v < Math.min(FINE, y + 2); v++) {
+        for (let u = Math.max(0, x - 1); u < Math.min(FINE, x + 2); u++) {
+          if (fine[v * FINE + u] >= INK && !label[v * FINE + u]) visit(v * FINE + u);
         }
       }
     }
-    for (const end of ["left", "top", "right", "bottom"]) piece[end] /= side;
-    pieces.push(piece);
+    pieces.push({numbers: [number], left: left / FINE, top: top / FINE, right: right / FINE, bottom: bottom / FINE});
   }
-  return {label, pieces};
+  return {fine, label, pieces};
 }
 
-const tall = piece => piece.bottom - piece.top, wide = piece => piece.right - piece.left;
+const tall = box => box.bottom - box.top, wide = box => box.right - box.left;
+const middle = box => [(box.left + box.right) / 2, (box.top + box.bottom) / 2];
 
 function union(a, b) {
-  return {numbers: [...a.numbers, ...b.numbers], mass: a.mass + b.mass, left: Math.min(a.left, b.left),
-    top: Math.min(a.top, b.top), right: Math.max(a.right, b.right), bottom: Math.max(a.bottom, b.bottom)};
+  return {numbers: [...a.numbers, ...b.numbers], left: Math.min(a.left, b.left), top: Math.min(a.top, b.top),
+    right: Math.max(a.right, b.right), bottom: Math.max(a.bottom, b.bottom)};
 }
 
+// The height of digits among pieces: of those that are not much lower than the highest
 function usualHeight(pieces) {
-  const tallest = Math.max(...pieces.map(tall));
-  return pieces.length ? median(pieces.map(tall).filter(height => height >= LOWEST * tallest)) : 0;
+  const heights = pieces.map(tall), least = LOWEST * Math.max(...heights);
+  return median(heights.filter(height => height >= least));
 }
 
 // Whether two pieces are one digit: the second stroke of a 4 beside the first, or the bar of a 5, which is low
-function belong(a, b, height) {
+function belong(a, b, usual) {
   const across = Math.min(a.right, b.right) - Math.max(a.left, b.left);
   const down = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top), low = Math.min(tall(a), tall(b));
   return across > 0.5 * Math.min(wide(a), wide(b)) && down > 0.2 * low ||
-    low < LOWEST * height && across > -0.1 * height && down > -0.1 * height;
+    low < LOWEST * usual && across > -0.1 * usual && down > -0.1 * usual;
 }
 
-function joined(pieces, height) {
+function joined(pieces, usual) {
   const whole = [];
   for (let piece of pieces) {
-    for (let i; (i = whole.findIndex(other => belong(piece, other, height))) >= 0;) {
+    for (let i; (i = whole.findIndex(other => belong(piece, other, usual))) >= 0;) {
       piece = union(piece, whole.splice(i, 1)[0]);
     }
     whole.push(piece);
@@ -1794,18 +1791,17 @@ function joined(pieces, height) {
 
 // ---- From the pad to canvases, and what the model reads on them
 
-// Ink of a piece on a canvas: `side` px to the pad's 1, whose point (x, y) becomes the middle
-function inkOfPiece(piece, {label, fine}, width, height, side, x, y) {
-  const left = width / 2 - x * side, top = height / 2 - y * side, numbers = new Set(piece.numbers);
-  const at = ([u, v]) => clamp(Math.floor(v * FINE), 0, FINE - 1) * FINE + clamp(Math.floor(u * FINE), 0, FINE - 1);
+// A piece on a canvas of its own, with the point (x, y) of the pad in the middle and `side` px to the pad's 1. Strokes
+// are drawn anew, as wide as the pen is; a picture is resized.
+function cut(piece, {fine, label}, width, height, side, [x, y]) {
+  const left = width / 2 - x * side, top = height / 2 - y * side, mine = i => piece.numbers.includes(label[i]);
+  const at = share => clamp(Math.floor(share * FINE), 0, FINE - 1);
   const ink = inkOf(width, height, into => {
-    if (pad.picture) {
-      const mine = fine.map((value, i) => numbers.has(label[i]) ? value : 0), to = Math.max(1, Math.round(side));
-      into.drawImage(pictureOf(resize(mine, FINE, FINE, to, to), to, to), Math.round(left), Math.round(top));
-    }
-    paint(into, pad.strokes.filter(stroke => numbers.has(label[at(stroke[0])])), side, pen(), left, top);
+    const picture = pad.picture && pictureOf(fine.map((value, i) => mine(i) ? value : 0), FINE, FINE);
+    if (picture) drawShrunk(into, picture, left, top, side);
+    paint(into, pad.strokes.filter(([[u, v]]) => mine(at(v) * FINE + at(u))), side, pen(), left, top);
   });
-  return ink.map(value => value > FAINT ? value : 0);
+  return {canvas: {ink, width, height}, place: {left: -left / side, top: -top / side, side}};
 }
 
 // px of a canvas for the pad's 1, so that ink of that extent becomes `size` px. A pen stays as wide as it is.
@@ -1814,27 +1810,22 @@ function scaleTo(size, extent) {
   return (size - own) / Math.max(extent - own / pad.size, 1 / pad.size);
 }
 
-// A piece on a canvas of its own, in the middle of a cell, as canvas_of in sample.py
+// In the middle of a cell, as canvas_of in sample.py
 function canvasOf(piece, usual, inks) {
-  const cell = model.side, own = wide(piece) > 1.3 * tall(piece) ? tall(piece) : Math.max(tall(piece), wide(piece));
-  const side = scaleTo(HEIGHT, Math.min(Math.max(own, 0.5 * usual), 1.7 * usual));
+  const own = wide(piece) > 1.3 * tall(piece) ? tall(piece) : Math.max(tall(piece), wide(piece)), cell = model.side;
+  const side = scaleTo(HEIGHT, clamp(own, 0.5 * usual, 1.7 * usual));
   const [width, height] = [wide(piece), tall(piece)].map(extent =>
     cell * Math.max(7, Math.ceil((extent * side + HEIGHT + cell) / cell) | 1));
-  const x = (piece.left + piece.right) / 2, y = (piece.top + piece.bottom) / 2;
-  const canvas = {ink: inkOfPiece(piece, inks, width, height, side, x, y), width, height};
-  return {canvas, place: {left: x - width / 2 / side, top: y - height / 2 / side, side}};
+  return cut(piece, inks, width, height, side, middle(piece));
 }
 
-// A piece in the middle of a frame by its mass, fitted into 20 x 20 px, as as_mnist in sample.py
+// Fitted into 20 x 20 px of MNIST's 28, with its mass in the middle, as as_mnist in sample.py
 function asMnist(piece, frame, inks) {
-  const side = scaleTo(HEIGHT * frame / MIDDLE, Math.max(tall(piece), wide(piece)));
-  let x = (piece.left + piece.right) / 2, y = (piece.top + piece.bottom) / 2;
-  const ink = inkOfPiece(piece, inks, frame, frame, side, x, y), mass = ink.reduce((a, b) => a + b, 0) || 1;
-  const off = step => ink.reduce((sum, value, i) => sum + value * (step(i) + 0.5), 0) / mass - frame / 2;
-  x += Math.round(off(i => i % frame)) / side;
-  y += Math.round(off(i => Math.floor(i / frame))) / side;
-  return {ink: inkOfPiece(piece, inks, frame, frame, side, x, y), place: {left: x - frame / 2 / side,
-    top: y - frame / 2 / side, side}};
+  const side = scaleTo(HEIGHT * frame / 28, Math.max(tall(piece), wide(piece))), [x, y] = middle(piece);
+  const {ink} = cut(piece, inks, frame, frame, side, [x, y]).canvas, mass = total(ink) || 1;
+  const off = step => Math.round(ink.reduce((sum, value, i) => sum + value * step(i), 0) / mass + 0.5 - frame / 2);
+  return cut(piece, inks, frame, frame, side,
+    [x + off(i => i % frame) / side, y + off(i => Math.floor(i / frame)) / side]);
 }
 
 const known = new Map();                            // readings of canvases: a stroke changes one of them
@@ -1853,72 +1844,66 @@ function cellBox({row, column}, {left, top, side}) {
     right: left + (column + 1) * each, bottom: top + (row + 1) * each};
 }
 
-// The pad as one canvas
+// The pad as one canvas. A test canvas on it comes px by px.
 function readWhole() {
-  const canvas = {width: pad.size, height: pad.size, ink: inkOf(pad.size, pad.size, into => {
-    paintPicture(into, pad.size);
-    paint(into, pad.strokes, pad.size, pen());
-  }).map(value => value > FAINT ? value : 0)}, place = {left: 0, top: 0, side: pad.size};
-  return reading(canvas, facts.apart).map(found => ({...found, place, box: cellBox(found, place)}));
+  const size = pad.size, place = {left: 0, top: 0, side: size};
+  const ink = inkOf(size, size, into => paintPad(into, size), pad.picture ? 0 : FAINT);
+  return reading({ink, width: size, height: size}, facts.apart)
+    .map(found => ({...found, place, box: cellBox(found, place)}));
 }
 
 // Digits anywhere: each piece by itself
 function readPieces(inks) {
-  let usual = usualHeight(inks.pieces);
-  const pieces = joined(inks.pieces, usual);
-  usual = usualHeight(pieces);
+  const pieces = joined(inks.pieces, usualHeight(inks.pieces)), usual = usualHeight(pieces);
   return pieces.filter(piece => tall(piece) >= LOWEST * usual).flatMap(piece => {
-    const {canvas, place} = canvasOf(piece, usual, inks), found = reading(canvas, 2);
+    const {canvas, place} = canvasOf(piece, usual, inks), found = reading(canvas, 2), half = HEIGHT / 2 / place.side;
     return found.map(digit => {
-      const cell = cellBox(digit, place), half = HEIGHT / 2 / place.side;
-      const x = (cell.left + cell.right) / 2, y = (cell.top + cell.bottom) / 2;
-      const box = found.length < 2 ? piece : {left: Math.max(piece.left, x - half), top: Math.max(piece.top, y - half),
+      const [x, y] = middle(cellBox(digit, place));
+      const part = {left: Math.max(piece.left, x - half), top: Math.max(piece.top, y - half),
         right: Math.min(piece.right, x + half), bottom: Math.min(piece.bottom, y + half)};
-      return {...digit, place, box};
+      return {...digit, place, box: found.length > 1 ? part : piece};
     });
   });
 }
 
-// A digit in every cell: what lies in it is sized and centred
+// A digit in every cell of a grid: what lies in it is sized and centred
 function readGrid(inks) {
-  const frame = model.side, grid = pad.size / frame, canvas = {width: pad.size, height: pad.size}, framed = [];
-  canvas.ink = new Uint8Array(pad.size ** 2);
-  for (let cell = 0; cell < grid * grid; cell++) {
-    const mine = inks.pieces.filter(piece => Math.floor((piece.top + piece.bottom) / 2 * grid) * grid +
-      Math.floor((piece.left + piece.right) / 2 * grid) === cell), most = Math.max(...mine.map(piece => piece.mass));
-    if (!mine.length) continue;
-    const piece = mine.filter(each => each.mass >= most / 10).reduce(union), top = Math.floor(cell / grid) * frame;
-    const {ink, place} = asMnist(piece, frame, inks);
-    for (let y = 0; y < frame; y++) {
-      canvas.ink.set(ink.subarray(y * frame, (y + 1) * frame), (top + y) * pad.size + cell % grid * frame);
-    }
-    framed[cell] = {box: piece, place: {side: place.side, top: place.top - top / place.side,
-      left: place.left - cell % grid * frame / place.side}};
+  const frame = model.side, grid = pad.size / frame, ink = new Uint8Array(pad.size ** 2), cells = new Map();
+  for (const piece of inks.pieces) {
+    const [column, row] = middle(piece).map(share => Math.floor(share * grid)), cell = row * grid + column;
+    cells.set(cell, [...cells.get(cell) ?? [], piece]);
   }
-  return reading(canvas, facts.apart).filter(({cell}) => framed[cell])
-    .map(found => ({...found, ...framed[found.cell]}));
+  for (const [cell, pieces] of cells) {
+    const size = piece => Math.max(tall(piece), wide(piece)), largest = Math.max(...pieces.map(size));
+    const box = pieces.filter(piece => size(piece) > 0.15 * largest).reduce(union);     // without specks
+    const {canvas, place} = asMnist(box, frame, inks);
+    const left = cell % grid * frame, top = Math.floor(cell / grid) * frame;
+    for (let y = 0; y < frame; y++) {
+      ink.set(canvas.ink.subarray(y * frame, (y + 1) * frame), (top + y) * pad.size + left);
+    }
+    cells.set(cell, {box, place: {...place, left: place.left - left / place.side, top: place.top - top / place.side}});
+  }
+  return reading({ink, width: pad.size, height: pad.size}, facts.apart).filter(({cell}) => cells.has(cell))
+    .map(found => ({...found, ...cells.get(found.cell)}));
 }
 
 function readPad() {
   if (!pad.strokes.length && !pad.picture) return [];
   if (pad.whole) return readWhole();
-  const fine = inkOf(FINE, FINE, into => {
-    paintPicture(into, FINE);
-    paint(into, pad.strokes, FINE, pen() / pad.size * FINE);
-  });
-  const inks = {fine, ...piecesOf(fine, FINE)};
-  return empty === null ? readGrid(inks) : readPieces(inks);
+  const inks = piecesOf(inkOf(FINE, FINE, into => paintPad(into, FINE)));
+  return !inks.pieces.length ? [] : empty === null ? readGrid(inks) : readPieces(inks);
 }
 
 // Digits -> lists of them, one for each line as written, as lines_of in sample.py
 function linesOf(digits) {
-  const middle = ({box}) => (box.top + box.bottom) / 2, height = median(digits.map(({box}) => tall(box))), lines = [];
-  for (const digit of [...digits].sort((a, b) => a.box.left + a.box.right - b.box.left - b.box.right)) {
-    const away = line => Math.abs(middle(line[line.length - 1]) - middle(digit));
+  const height = median(digits.map(({box}) => tall(box))), lines = [];
+  const x = ({box}) => middle(box)[0], y = ({box}) => middle(box)[1];
+  for (const digit of [...digits].sort((a, b) => x(a) - x(b))) {
+    const away = line => Math.abs(y(line[line.length - 1]) - y(digit));
     const line = lines.filter(each => away(each) <= 0.65 * height).sort((a, b) => away(a) - away(b))[0];
     if (line) line.push(digit); else lines.push([digit]);
   }
-  return lines.sort((a, b) => middle(a[0]) - middle(b[0]));
+  return lines.sort((a, b) => y(a[0]) - y(b[0]));
 }
 
 // Lines of digits as text, as text_of in sample.py: "?" for what is unsure, a blank for a wide gap
@@ -1928,26 +1913,29 @@ function textOf(lines) {
     const gaps = line.slice(1).map(({box}, i) => box.left - line[i].box.right);
     const usual = gaps.length > 1 ? [...gaps].sort((a, b) => a - b)[gaps.length - 1 >> 1] : 0.5 * height;
     const blank = i => !pad.whole && gaps[i - 1] > Math.max(0.6 * height, 2 * usual) ? " " : "";
-    return line.map((digit, i) => blank(i) + letter(digit)).join("");
+    return line.map(({digit, confidence}, i) => blank(i) + (confidence < UNSURE ? "?" : digit)).join("");
   }).join("\n");
 }
 
-const letter = ({digit, confidence}) => confidence < UNSURE ? "?" : String(digit);
-
 // ---- The pad
 
-let pad = {size: model.config.image_size, strokes: [], picture: null, exact: false, whole: false};
-let past = [], digits = [], stroke = null, chosen = -1, took = 0, waiting = 0;
+// picture: a canvas that is stretched over the pad; whole: the pad is read as one canvas, px by px
+let pad = {size: model.config.image_size, strokes: [], picture: null, whole: false};
+let past = [], digits = [], stroke = null, took = 0, waiting = 0;
 const pen = () => Number(by("pen").value);          // px of a canvas
 
-const remember = () => { past = [...past.slice(-99), {...pad, strokes: [...pad.strokes]}]; };
+// Change the pad; the past keeps what was before
+function change(changes) {
+  past = [...past.slice(-99), pad];
+  pad = {...pad, ...changes};
+  changed();
+}
 
 // Draw the pad at once, and read it as soon as the browser has shown that
 function changed() {
   const into = by("ink").getContext("2d"), side = into.canvas.width;
   into.clearRect(0, 0, side, side);
-  paintPicture(into, side);
-  paint(into, pad.strokes, side, pen() / pad.size * side);
+  paintPad(into, side);
   by("hint").hidden = pad.strokes.length || pad.picture;
   by("size").value = pad.size;
   by("way").value = pad.whole ? "whole" : "";
@@ -1957,27 +1945,26 @@ function changed() {
   if (took > 80) {                                  // a large model waits for a pause
     clearTimeout(waiting);
     waiting = setTimeout(update, took);
-  } else if (!waiting) waiting = requestAnimationFrame(update);
+  } else waiting ||= requestAnimationFrame(update);
 }
 
 function update() {
-  const began = performance.now();
-  waiting = 0;
-  const lines = linesOf(readPad());
-  digits = lines.flat();
+  const began = performance.now(), lines = linesOf(readPad());
   took = performance.now() - began;
-  choose(-1);
+  waiting = 0;
+  digits = lines.flat();
+  by("text").textContent = digits.length ? textOf(lines) : "";
   by("frames").replaceChildren(...digits.map(({box, digit, confidence}) =>
     frameOf(box, `${digit}  ${Math.round(100 * confidence)}%`, confidence < UNSURE)));
   by("digits").replaceChildren(...digits.map(({digit, confidence}, i) => {
-    const button = element("button", {textContent: `${digit}  ${percent(confidence)}`,
-      className: confidence < UNSURE ? "wrong" : "", ariaLabel:
-      `${digit}, ${percent(confidence)} sure${confidence < UNSURE ? ", which is unsure" : ""}. Show where it looked`});
+    const unsure = confidence < UNSURE, button = element("button", {textContent: `${digit}  ${percent(confidence)}`,
+      className: unsure ? "wrong" : "", ariaLabel:
+      `${digit}, ${unsure ? "not sure" : "sure"}, ${percent(confidence)}. Show where the model looked`});
     button.onfocus = button.onclick = button.onpointerenter = () => choose(i);
     button.onblur = button.onpointerleave = () => choose(-1);
     return element("li", {}, button);
   }));
-  by("text").textContent = digits.length ? textOf(lines) : "";
+  choose(-1);
   if (!stroke) by("said").textContent = digits.length ? `Read: ${by("text").textContent}` : "";
 }
 
@@ -1992,96 +1979,84 @@ function frameOf({left, top, right, bottom}, text, wrong) {
 
 // Show where the model looked for a digit; -1: for none
 function choose(i) {
-  const into = by("heat").getContext("2d"), side = into.canvas.width, chosenDigit = digits[i];
-  chosen = i;
+  const into = by("heat").getContext("2d"), side = into.canvas.width, shown = digits[i];
   into.clearRect(0, 0, side, side);
   [...by("frames").children].forEach((frame, j) => frame.classList.toggle("chosen", i === j));
-  if (!chosenDigit) {
-    by("told").textContent = !digits.length ? pad.strokes.length || pad.picture ? "No digit is found." : "" :
-      `${plural(digits.length, "digit")}, read in ${took.toFixed(0)} ms`;
-    return;
-  }
-  const {canvas, cell, place, digit} = chosenDigit, patch = model.config.patch_size;
+  by("told").textContent = shown ? `Orange shows where the model looked to read this ${shown.digit}: its attention, ` +
+    "followed through all blocks (attention rollout)." : digits.length ?
+    `${plural(digits.length, "digit")}, read in ${took.toFixed(0)} ms` :
+    pad.strokes.length || pad.picture ? "No digits found." : "";
+  if (!shown) return;
+  const {canvas, cell, place} = shown, patch = model.config.patch_size;
   const rows = canvas.height / patch, columns = canvas.width / patch, small = context(columns, rows);
-  chosenDigit.heat ||= model.rollout(canvas, cell);
-  const [red, green, blue] = getComputedStyle(document.documentElement).getPropertyValue("--heat").split(",");
-  const image = small.createImageData(columns, rows);
-  chosenDigit.heat.forEach((value, j) => image.data.set([red, green, blue, 190 * value], 4 * j));
+  const image = small.createImageData(columns, rows), colour = getComputedStyle(by("heat")).getPropertyValue("--heat");
+  shown.heat ||= model.rollout(canvas, cell);
+  shown.heat.forEach((value, j) => image.data.set([...colour.split(","), 190 * value], 4 * j));
   small.putImageData(image, 0, 0);
   into.drawImage(small.canvas, place.left * side, place.top * side, canvas.width / place.side * side,
     canvas.height / place.side * side);
-  by("told").textContent = `Orange is where the model looked for this ${digit}: attention rollout over all its blocks.`;
 }
 
 const focused = () => [...by("digits").querySelectorAll("button")].indexOf(document.activeElement);
 
-const pointAt = event => {
+const pointOf = event => {
   const {left, top, width, height} = by("ink").getBoundingClientRect();
   return [clamp((event.clientX - left) / width, 0, 1), clamp((event.clientY - top) / height, 0, 1)];
 };
 
 const digitAt = ([x, y]) => digits.findIndex(({box}) => x > box.left && x < box.right && y > box.top && y < box.bottom);
 
+// A tap on a digit asks where the model looked; what moves is a stroke. A dot is a very short one.
 by("pad").onpointerdown = event => {
   if (event.button || stroke) return;
+  const [x, y] = pointOf(event);
   by("pad").setPointerCapture(event.pointerId);
-  stroke = [pointAt(event)];
-  stroke.pointer = event.pointerId;
-  stroke.on = digitAt(stroke[0]);
-  remember();
-  if (stroke.on < 0) draw();
+  stroke = {pointer: event.pointerId, points: [[x, y], [x + 1e-4, y]], tapped: digitAt([x, y])};
+  if (stroke.tapped < 0) change({strokes: [...pad.strokes, stroke.points]});
 };
 
-function draw() {
-  if (!pad.strokes.includes(stroke)) pad.strokes.push(stroke);
-  changed();
-}
-
 by("pad").onpointermove = event => {
-  if (!stroke) {
-    const i = event.pointerType === "mouse" ? digitAt(pointAt(event)) : chosen;
-    if (i !== chosen) choose(i < 0 ? focused() : i);
-  } else if (event.pointerId === stroke.pointer) {
-    const events = event.getCoalescedEvents?.() ?? [];
-    stroke.push(...(events.length ? events : [event]).map(pointAt));
-    const [[x, y], [u, v]] = [stroke[0], stroke[stroke.length - 1]];
-    if (Math.hypot(u - x, v - y) > 0.01) stroke.on = -1;
-    if (stroke.on < 0) draw();
+  if (!stroke && event.pointerType === "mouse") {
+    const i = digitAt(pointOf(event));
+    choose(i < 0 ? focused() : i);
+  } else if (event.pointerId === stroke?.pointer) {
+    const events = event.getCoalescedEvents?.() ?? [], [[x, y]] = stroke.points;
+    stroke.points.push(...(events.length ? events : [event]).map(pointOf));
+    const [u, v] = stroke.points[stroke.points.length - 1];
+    if (stroke.tapped < 0) changed();
+    else if (Math.hypot(u - x, v - y) > 0.01) {
+      stroke.tapped = -1;
+      change({strokes: [...pad.strokes, stroke.points]});
+    }
   }
 };
 
-// A tap on a digit asks where it looked; it is no ink
 by("pad").onpointerup = by("pad").onpointercancel = event => {
-  if (!stroke || event.pointerId !== stroke.pointer) return;
-  const {on} = stroke;
+  if (event.pointerId !== stroke?.pointer) return;
+  const {tapped} = stroke;
   stroke = null;
-  if (on < 0) return changed();
-  past.pop();
-  choose(on);
+  if (tapped < 0) changed(); else choose(tapped);
 };
 
 by("pad").onpointerleave = () => { if (!stroke) choose(focused()); };
 
 function undo() {
-  if (past.length) pad = past.pop();
+  pad = past.pop() ?? pad;
   changed();
 }
 
-function clear() {
-  remember();
-  pad = {...pad, strokes: [], picture: null, exact: false, whole: pad.whole && !pad.exact};
-  changed();
-}
+// The next thing drawn on an empty pad is no test canvas
+const clear = () => change({strokes: [], picture: null, whole: pad.whole && !pad.picture});
 
 by("undo").onclick = undo;
 by("clear").onclick = clear;
 by("pen").oninput = changed;
-by("size").onchange = event => { pad.size = Number(event.target.value); changed(); };
-by("way").onchange = event => { pad.whole = event.target.value !== ""; changed(); };
+by("size").onchange = event => change({size: Number(event.target.value)});
+by("way").onchange = event => change({whole: event.target.value !== ""});
 addEventListener("keydown", event => {
   if (event.target.matches("input, select")) return;
   if ((event.ctrlKey || event.metaKey) && event.key === "z") undo();
-  else if (["Delete", "Escape", "Backspace"].includes(event.key)) clear();
+  else if (event.key === "Delete" || event.key === "Backspace") clear();
   else return;
   event.preventDefault();
 });
@@ -2089,201 +2064,180 @@ addEventListener("keydown", event => {
 // ---- Pictures by other hands: grey, then ink against the paper around it
 
 async function open(file) {
-  let image;
-  try {
-    image = await createImageBitmap(file);
-  } catch {
-    by("told").textContent = "That is no picture that this browser can open.";
+  const image = await createImageBitmap(file).catch(() => null);
+  if (!image) {
+    by("told").textContent = "This browser cannot open that file as a picture.";
     return;
   }
-  const into = context(FINE, FINE), scale = FINE / Math.max(image.width, image.height);
-  const width = Math.max(1, Math.round(image.width * scale)), height = Math.max(1, Math.round(image.height * scale));
+  const scale = FINE / Math.max(image.width, image.height), into = context(FINE, FINE);
+  const [width, height] = [image.width, image.height].map(side => Math.max(1, Math.round(side * scale)));
   into.fillStyle = "white";
-  into.fillRect(0, 0, FINE, FINE);
+  into.fillRect(0, 0, width, height);
   into.imageSmoothingQuality = "high";
   into.drawImage(image, 0, 0, width, height);
-  const {data} = into.getImageData(0, 0, width, height);
-  const grey = Float64Array.from({length: width * height}, (_, i) =>
+  const {data} = into.getImageData(0, 0, width, height), grey = Float64Array.from({length: width * height}, (_, i) =>
     (0.299 * data[4 * i] + 0.587 * data[4 * i + 1] + 0.114 * data[4 * i + 2]) / 255);
-  const small = pictureOf(inkIn(grey, width, height), width, height), whole = context(FINE, FINE);
-  whole.drawImage(small, FINE - width >> 1, FINE - height >> 1);
-  remember();
-  pad = {...pad, strokes: [], picture: whole.canvas, exact: false, whole: false};
-  changed();
+  into.clearRect(0, 0, FINE, FINE);
+  into.drawImage(pictureOf(inkIn(grey, width, height), width, height), FINE - width >> 1, FINE - height >> 1);
+  change({strokes: [], picture: into.canvas, whole: false});
 }
 
 // Grey, 0 to 1 -> ink. The paper is what most px are in the blocks around; dark or light ink, whichever differs more.
 function inkIn(grey, width, height) {
-  const block = Math.ceil(Math.max(width, height) / 12), across = Math.ceil(width / block), papers = [];
+  const block = Math.ceil(Math.max(width, height) / 12), off = new Float64Array(grey.length);
   for (let y = 0; y < height; y += block) for (let x = 0; x < width; x += block) {
     const near = [];
     for (let v = Math.max(0, y - block); v < Math.min(height, y + 2 * block); v += 3) {
       for (let u = Math.max(0, x - block); u < Math.min(width, x + 2 * block); u += 3) near.push(grey[v * width + u]);
     }
-    papers.push(median(near));
+    const paper = median(near);
+    for (let v = y; v < Math.min(height, y + block); v++) for (let u = x; u < Math.min(width, x + block); u++) {
+      off[v * width + u] = grey[v * width + u] - paper;
+    }
   }
-  const off = grey.map((value, i) =>
-    value - papers[Math.floor(Math.floor(i / width) / block) * across + Math.floor(i % width / block)]);
-  const weight = sign => off.reduce((sum, value) => sum + Math.max(0, sign * value) ** 2, 0);
+  const weight = sign => total(off.map(value => Math.max(0, sign * value) ** 2));
   const sign = weight(-1) > weight(1) ? -1 : 1, strong = off.map(value => sign * value).sort();
   const full = Math.max(strong[Math.floor(0.995 * strong.length)], 0.1);
   return Uint8ClampedArray.from(off, value => 255 * (sign * value / full - 0.3) / 0.5);
 }
 
-by("file").onchange = ({target}) => { if (target.files[0]) open(target.files[0]); target.value = ""; };
-addEventListener("paste", ({clipboardData}) => { if (clipboardData.files[0]) open(clipboardData.files[0]); });
+const openFirst = ({files}) => { if (files[0]) open(files[0]); };
+by("file").onchange = ({target}) => { openFirst(target); target.value = ""; };
+addEventListener("paste", ({clipboardData}) => openFirst(clipboardData));
 addEventListener("dragover", event => { event.preventDefault(); by("pad").classList.add("over"); });
 addEventListener("dragleave", () => by("pad").classList.remove("over"));
 addEventListener("drop", event => {
   event.preventDefault();
   by("pad").classList.remove("over");
-  if (event.dataTransfer.files[0]) open(event.dataTransfer.files[0]);
+  openFirst(event.dataTransfer);
 });
 
 // ---- How it reads
 
-function showCanvases() {
-  by("canvases").append(...facts.canvases.map(({number, verdict, findings, ink}) => {
-    const {size} = facts, picture = pictureOf(numbers(ink, "uint8"), size, size), paper = element("div", {}, picture);
-    const name = digit => digit === null ? "nothing" : String(digit), place = {left: 0, top: 0, side: size};
-    paper.className = "paper";
-    picture.className = "ink";
-    paper.append(...findings.map(([row, column, truth, digit]) =>
-      frameOf(cellBox({row, column}, place), digit === null ? "–" : String(digit), truth !== digit)));
-    const wrong = findings.filter(([, , truth, digit]) => truth !== digit);
-    const told = wrong.length ? wrong.map(([, , truth, digit]) => `${name(truth)} read as ${name(digit)}`).join(", ") :
-      findings.map(([, , truth]) => truth).join(" ") || "empty";
-    const ariaLabel = `Test canvas ${number}, ${verdict}: ${told}. Put it on the pad`;
-    const button = element("button", {ariaLabel}, paper,
-      element("div", {textContent: verdict, className: wrong.length ? "bad" : ""}),
-      element("div", {textContent: told}));
-    button.onclick = () => {
-      remember();
-      pad = {size, strokes: [], picture, exact: true, whole: true};
-      changed();
-      by("pad").scrollIntoView({block: "nearest"});
-    };
-    return button;
-  }));
+function canvasButton({number, verdict, findings, ink}) {
+  const {size} = facts, picture = pictureOf(numbers(ink, "uint8"), size, size), place = {left: 0, top: 0, side: size};
+  const wrong = findings.filter(([, , truth, digit]) => truth !== digit), name = digit => digit ?? "nothing";
+  const frames = findings.map(([row, column, truth, digit]) =>
+    frameOf(cellBox({row, column}, place), String(digit ?? "–"), truth !== digit));
+  const told = wrong.map(([, , truth, digit]) => `${name(truth)} read as ${name(digit)}`).join(", ") ||
+    findings.map(([, , truth]) => truth).join(" ") || "empty";
+  picture.className = "ink";
+  const button = element("button", {ariaLabel: `Test canvas ${number}, ${verdict}: ${told}. Put it on the pad`},
+    element("div", {className: "paper"}, picture, ...frames),
+    element("div", {textContent: verdict, className: wrong.length ? "bad" : ""}), element("div", {textContent: told}));
+  button.onclick = () => {
+    change({size, strokes: [], picture, whole: true});
+    by("pad").scrollIntoView({block: "nearest"});
+  };
+  return button;
 }
 
-const share = (part, whole) => whole ? `${(100 * part / whole).toFixed(2)}%` : "–";
-const total = values => values.reduce((a, b) => a + b, 0);
-
+// Each row begins with its name; a cell is text or an element
 function fill(table, caption, head, rows) {
-  const row = cells => element("tr", {}, ...cells);
-  table.append(element("caption", {textContent: caption}),
-    element("thead", {}, row(head.map(text => element("th", {scope: "col", textContent: text})))),
-    element("tbody", {}, ...rows.map(([name, ...cells]) => row([element("th", {scope: "row", textContent: name}),
-      ...cells.map(cell => cell instanceof Node ? cell : element("td", {textContent: cell}))]))));
+  const cellsOf = ([name, ...cells]) => [element("th", {scope: "row", textContent: name}),
+    ...cells.map(cell => cell instanceof Node ? cell : element("td", {textContent: cell}))];
+  table.append(element("caption", {textContent: caption}), element("thead", {}, element("tr", {},
+    ...head.map(text => element("th", {scope: "col", textContent: text})))),
+    element("tbody", {}, ...rows.map(row => element("tr", {}, ...cellsOf(row)))));
 }
 
 function showFigures() {
-  const {names, confusion, by_count: counts, nearby} = facts.figures, column = i => total(confusion.map(row => row[i]));
-  const canvases = total(counts.map(row => row[1])), exact = total(counts.map(row => row[2]));
-  const all = total(counts.map(row => row[0] * row[1])), right = total(counts.map(row => row[3]));
-  by("score").textContent = `Of ${plural(canvases, "test canvas")} of ${facts.size} × ${facts.size} px${facts.note}, ` +
-    `${share(exact, canvases)} are read without a mistake, and ${share(right, all)} of their ${plural(all, "digit")}.`;
+  const {names, confusion, by_count: counts} = facts.figures, column = i => total(confusion.map(row => row[i]));
+  const sum = of => total(counts.map(of)), canvases = sum(row => row[1]), all = sum(row => row[0] * row[1]);
+  by("score").textContent = `${percent(sum(row => row[2]), canvases)} of ${plural(canvases, "test canvas")} of ` +
+    `${facts.size} × ${facts.size} px${facts.note} are read without a mistake, and ` +
+    `${percent(sum(row => row[3]), all)} of the ${plural(all, "digit")} on them.`;
   by("kind").hidden = !facts.note;
   by("kind").textContent = facts.note.includes("drawn") ?
     "Trained and tested on digits that the program drew itself: these figures say nothing about handwriting." :
     "Trained and tested on another data set than MNIST.";
-  const occur = names.map((_, i) => i).filter(i => total(confusion[i]) || column(i)), matrix = occur.length <= 40;
+  const occur = names.map((_, i) => i).filter(i => total(confusion[i]) || column(i));
+  const shown = occur.length > 40 ? [] : occur;     // columns
   fill(by("confusion"), `What is there (rows) and what is read (columns)${facts.note}`,
-    ["", ...(matrix ? occur.map(i => names[i]) : []), "recall", "precision"], occur.map(i => [names[i],
-      ...(matrix ? occur.map(j => {
-        const n = confusion[i][j], cell = element("td", {textContent: n ? n.toLocaleString("en") : "·"});
-        cell.className = i === j ? "same" : n ? "other" : "";
-        cell.style.setProperty("--share", Math.sqrt(n / Math.max(1, total(confusion[i]) - confusion[i][i])));
-        return cell;
-      }) : []), share(confusion[i][i], total(confusion[i])), share(confusion[i][i], column(i))]));
-  fill(by("counts"), `Canvases by the digits on them${facts.note}`, ["digits", "canvases", "all right", "digits right"],
-    counts.map(([n, each, whole, good]) => [n, each.toLocaleString("en"), share(whole, each), share(good, n * each)]));
-  const true_ = all, read_ = total(occur.filter(i => i < classes).map(column));
-  by("nearby").textContent = nearby === null ? "" : `Digits, at most one cell off: recall ${share(nearby, true_)}, ` +
-    `precision ${share(nearby, read_)}, F1 ${share(2 * nearby, true_ + read_)}.`;
+    ["", ...shown.map(i => names[i]), "recall", "precision"], occur.map(i => [names[i], ...shown.map(j => {
+      const n = confusion[i][j], mistakes = total(confusion[i]) - confusion[i][i];
+      const cell = element("td", {textContent: n ? n.toLocaleString("en") : "·"});
+      cell.className = i === j ? "same" : n ? "other" : "";
+      cell.style.setProperty("--share", Math.sqrt(n / mistakes));
+      return cell;
+    }), percent(confusion[i][i], total(confusion[i])), percent(confusion[i][i], column(i))]));
+  fill(by("counts"), `Canvases by the number of digits on them${facts.note}`,
+    ["digits", "canvases", "all right", "digits right"], counts.map(([n, each, whole, right]) =>
+      [n, each.toLocaleString("en"), percent(whole, each), percent(right, n * each)]));
 }
 
-// Curves of points (step, value) with axes: lines [name, points]
-function plot(title, lines, log, unit) {
+// Curves, [name, points (step, value)] each, as SVG with axes
+function plot(title, curves, log) {
   const svg = (name, attributes, text = "") => {
     const made = document.createElementNS("http://www.w3.org/2000/svg", name);
     for (const key in attributes) made.setAttribute(key, attributes[key]);
     made.textContent = text;
     return made;
   };
-  const points = lines.flatMap(([, each]) => each), value = log ? Math.log10 : x => x;
-  const shown = points.map(([, y]) => y).filter(y => !log || y > 0).map(value);
-  const last = Math.max(...points.map(([x]) => x));
-  let low = Math.min(...shown), high = Math.max(...shown);
+  const drawn = curves.map(([name, points]) => [name, points.filter(([, v]) => !log || v > 0)]);
+  const points = drawn.flatMap(([, each]) => each), last = Math.max(...points.map(([step]) => step));
+  const values = points.map(([, v]) => log ? Math.log10(v) : v);
+  let low = Math.min(...values), high = Math.max(...values);
   if (log) [low, high] = [Math.floor(low), Math.ceil(high)];
-  if (high - low < 0.1) [low, high] = [low - 0.1, high + (log ? 0.1 : 0)];
-  const x = step => 52 + 400 * step / last, y = v => 220 - 200 * (clamp(value(v), low, high) - low) / (high - low);
-  const drawing = svg("svg", {viewBox: "0 0 470 270", role: "img", "aria-label": `${title} over steps`});
+  if (high - low < 0.1) [low, high] = [low - 0.1, high + 0.1];
+  const x = step => 52 + 400 * step / last, y = v => 220 - 200 * ((log ? Math.log10(v) : v) - low) / (high - low);
+  const picture = svg("svg", {viewBox: "0 0 470 270", role: "img", "aria-label": `${title} over steps`});
   for (let i = 0, ticks = log ? high - low : 4; i <= ticks; i++) {
-    const height = low + (high - low) * i / ticks, v = log ? 10 ** height : height;
-    drawing.append(svg("line", {x1: 52, x2: 452, y1: y(v), y2: y(v), class: "axis"}),
-      svg("text", {x: 46, y: y(v) + 4, "text-anchor": "end"}, log ? String(+v.toPrecision(1)) : v.toFixed(1) + unit));
+    const at = low + (high - low) * i / ticks, v = log ? 10 ** at : at;
+    picture.append(svg("line", {x1: 52, x2: 452, y1: y(v), y2: y(v), class: "axis"}),
+      svg("text", {x: 46, y: y(v) + 4, "text-anchor": "end"}, log ? +v.toPrecision(1) : v.toFixed(1) + "%"));
   }
   for (const step of [0, 1, 2, 3, 4].map(i => Math.round(last * i / 4))) {
-    drawing.append(svg("text", {x: x(step), y: 240, "text-anchor": "middle"}, step.toLocaleString("en")));
+    picture.append(svg("text", {x: x(step), y: 240, "text-anchor": "middle"}, step.toLocaleString("en")));
   }
-  lines.forEach(([name, each], i) => {
-    const kind = i ? " second" : "", good = each.filter(([, v]) => !log || v > 0);
-    drawing.append(svg("polyline", {class: "line" + kind, points: good.map(([s, v]) => `${x(s)},${y(v)}`).join(" ")}));
-    if (each.length < 30) good.forEach(([s, v]) => drawing.append(svg("circle", {cx: x(s), cy: y(v), r: 3.5,
-      class: "dot" + kind})));
-    drawing.append(svg("line", {x1: 190 + 130 * i, x2: 214 + 130 * i, y1: 8, y2: 8, class: "line" + kind}),
+  drawn.forEach(([name, each], i) => {
+    const kind = i ? " second" : "", line = each.map(([step, v]) => `${x(step)},${y(v)}`).join(" ");
+    picture.append(svg("polyline", {class: "line" + kind, points: line}),
+      svg("line", {x1: 190 + 130 * i, x2: 214 + 130 * i, y1: 8, y2: 8, class: "line" + kind}),
       svg("text", {x: 220 + 130 * i, y: 12}, name));
   });
-  drawing.append(svg("text", {x: 252, y: 262, "text-anchor": "middle"}, "step"));
-  by("curves").append(element("figure", {}, element("figcaption", {textContent: title + facts.note}), drawing));
+  picture.append(svg("text", {x: 252, y: 262, "text-anchor": "middle"}, "step"));
+  by("curves").append(element("figure", {}, element("figcaption", {textContent: title + facts.note}), picture));
 }
 
 function showRun() {
-  const curve = name => facts.curves[name] || [], hundred = name => curve(name).map(([x, y]) => [x, 100 * y]);
-  if (curve("train loss").length > 1) {
-    plot("Loss: cross entropy of the cells, log scale", [["training", curve("train loss")],
-      ["evaluation", curve("eval loss")]], true, "");
-  }
-  if (curve("eval exact_match").length > 1) {
-    plot("Accuracy on evaluation canvases", [["digits", hundred("eval digit_accuracy")],
-      ["all right", hundred("eval exact_match")]], false, "%");
-  }
+  const curve = (name, factor = 1) => (facts.curves[name] ?? []).map(([step, v]) => [step, factor * v]);
+  const loss = [["training", curve("train loss")], ["evaluation", curve("eval loss")]];
+  const accuracy = [["digits", curve("eval digit_accuracy", 100)], ["whole canvases", curve("eval exact_match", 100)]];
+  if (loss[0][1].length > 1) plot("Loss: cross entropy of the cells, log scale", loss, true);
+  if (accuracy[1][1].length > 1) plot("Right on evaluation canvases", accuracy, false);
   by("run").append(...facts.run.flatMap(([title, text]) => [element("dt", {textContent: title}),
     element("dd", {textContent: text, className: title === "command" ? "code" : ""})]));
 }
 
 // The largest difference between the logits here and torch's, on some of the test canvases
 function check() {
-  const size = facts.size;
   return Math.max(...facts.logits.map((text, i) => {
-    const logits = model.forward({ink: numbers(facts.canvases[i].ink, "uint8"), width: size, height: size});
-    return numbers(text, "float32").reduce((most, value, j) => Math.max(most, Math.abs(value - logits[j])), 0);
+    const ink = numbers(facts.canvases[i].ink, "uint8"), expected = numbers(text, "float32");
+    const logits = model.forward({ink, width: facts.size, height: facts.size});
+    return logits.reduce((most, value, j) => Math.max(most, Math.abs(value - expected[j])), 0);
   }));
 }
 
 function start() {
   const {cell, patch_size: patch, image_size: own} = model.config;
-  const fits = size => size === own || empty !== null && size % cell === 0 && (size / patch) ** 2 <= 4096;
-  const sizes = [...new Set([own, facts.size, ...(empty === null ? [] : [64, 96, 128])])].filter(fits);
+  const sizes = [own, facts.size, ...(empty === null ? [] : [64, 96, 128])].filter((size, i, all) =>
+    all.indexOf(size) === i && (size === own || cell && size % cell === 0 && (size / patch) ** 2 <= 4096));
   by("size").append(...sizes.sort((a, b) => a - b).map(size => new Option(`${size} px`, size)));
   by("sizes").hidden = sizes.length < 2;
   by("hint").textContent = empty !== null ? "Draw some digits here" : own === model.side ? "Draw one digit here" :
     "Draw a digit in each square";
-  showCanvases();
+  by("canvases").append(...facts.canvases.map(canvasButton));
   showFigures();
   showRun();
   changed();
   setTimeout(() => {
-    by("check").textContent = `Largest difference between this page's logits and torch's, on ${facts.logits.length} ` +
-      `of these canvases: ${check().toExponential(0)}.`;
+    by("check").textContent = `The largest difference between this page's logits and PyTorch's, on ` +
+      `${facts.logits.length} of these canvases, is ${check().toExponential(0)}.`;
   }, 100);
 }
 
 start();
-window.reader = {model, facts, check, digits: () => digits, took: () => took, idle: () => !waiting,
-  forward: (ink, width, height) => model.forward({ink, width, height})};
 </script>
 </html>
 '''

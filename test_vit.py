@@ -2708,8 +2708,8 @@ def opened(path, **options):
 def settled(page):
     for _ in range(500):
         page.wait_for_timeout(20)
-        if page.evaluate("reader.idle()"):
-            return page.evaluate("reader.digits()")
+        if page.evaluate("!waiting"):
+            return page.evaluate("digits")
     raise AssertionError("the page is still reading")
 
 
@@ -2736,7 +2736,7 @@ def test_the_page_in_a_browser(finished, tmp_path, phase, capsys):
     sample.main(["--page", f"--out_dir={out}", "--test_canvases=100"])
     assert f"wrote {out / 'page.html'} (" in capsys.readouterr().out
     with opened(out / "page.html", viewport={"width": 360, "height": 800}) as (page, complaints):
-        assert page.evaluate("reader.check()") < 2e-2 and page.locator("#run dd").first.inner_text() == name
+        assert page.evaluate("check()") < 2e-2 and page.locator("#run dd").first.inner_text() == name
         assert page.evaluate("document.documentElement.scrollWidth") == 360
         page.evaluate("model.weights['head.bias'][3] = 50")                 # a model that reads nothing but threes
         draw_with_the_mouse(page, 7, 0.1, 0.1, 0.3)
@@ -2744,7 +2744,7 @@ def test_the_page_in_a_browser(finished, tmp_path, phase, capsys):
         assert {each["digit"] for each in found} == {3} and all(each["canvas"]["ink"] for each in found)
         assert "3" in page.locator("#text").inner_text() and page.locator(".frame.wrong, .frame").count() >= len(found)
         page.locator("#digits button").first.focus()
-        assert "looked for this 3" in page.locator("#told").inner_text()
+        assert "looked to read this 3" in page.locator("#told").inner_text()
         page.keyboard.press("Delete")
         assert settled(page) == [] and page.locator("#hint").is_visible()
         page.locator("#canvases button").last.click()                       # a test canvas comes px by px
