@@ -2705,10 +2705,10 @@ def opened(path, **options):
         yield page, complaints
 
 
-def settled(page):
+def settled(page, when="!waiting"):
     for _ in range(500):
         page.wait_for_timeout(20)
-        if page.evaluate("!waiting"):
+        if page.evaluate(when):
             return page.evaluate("digits")
     raise AssertionError("the page is still reading")
 
@@ -2735,7 +2735,10 @@ def test_the_page_in_a_browser(finished, tmp_path, phase, capsys):
     out = shutil.copytree(finished(phase), tmp_path / name)
     sample.main(["--page", f"--out_dir={out}", "--test_canvases=100"])
     assert f"wrote {out / 'page.html'} (" in capsys.readouterr().out
-    with opened(out / "page.html", viewport={"width": 360, "height": 800}) as (page, complaints):
+    paper = np.full((40, 60, 3), 255, np.uint8)
+    paper[8:30, 20:23] = paper[27:30, 20:35] = 0
+    sample.save_png(tmp_path / "drawn.png", paper)
+    with opened(out / "page.html", viewport={"width": 360, "height": 800}, has_touch=True) as (page, complaints):
         assert page.evaluate("check()") < 2e-2 and page.locator("#run dd").first.inner_text() == name
         assert page.evaluate("document.documentElement.scrollWidth") == 360
         page.evaluate("model.weights['head.bias'][3] = 50")                 # a model that reads nothing but threes
@@ -2749,10 +2752,17 @@ def test_the_page_in_a_browser(finished, tmp_path, phase, capsys):
         assert settled(page) == [] and page.locator("#hint").is_visible()
         page.locator("#canvases button").last.click()                       # a test canvas comes px by px
         number = len(page.locator("#canvases button").all()) - 1
-        settled(page)
-        ink = page.evaluate("Array.from(inkOf(pad.size, pad.size, into => paintPicture(into, pad.size)))")
-        assert ink == page.evaluate(f"Array.from(numbers(facts.canvases[{number}].ink, 'uint8'))")
-        assert complaints == []
+        ink = page.evaluate(f"Array.from(numbers(facts.canvases[{number}].ink, 'uint8'))")
+        assert settled(page)[0]["canvas"]["ink"] == ink
+        page.locator("#file").set_input_files(tmp_path / "drawn.png")
+        settled(page, "!pad.whole && !waiting && digits.length > 0")        # black strokes on white, as drawn elsewhere
+        assert page.locator("#frames .frame").count() == len(page.evaluate("digits"))
+        page.locator("#clear").click()
+        pad = page.locator("#pad").bounding_box()
+        page.touchscreen.tap(pad["x"] + 50, pad["y"] + 50)                  # a finger's dot, and it is taken back
+        assert page.evaluate("pad.strokes.length") == 1
+        page.locator("#undo").click()
+        assert settled(page) == [] and complaints == []
 
 
 @needs_mnist
