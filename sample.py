@@ -1232,8 +1232,7 @@ svg { display: block; width: 100%; max-width: 34rem; height: auto; }
 svg text { font: 13px system-ui, sans-serif; fill: var(--quiet); }
 svg .axis { stroke: var(--line); }
 svg .line { fill: none; stroke: var(--right); stroke-width: 1.75; stroke-linejoin: round; }
-svg .line.second { stroke: var(--wrong); stroke-dasharray: 6 4; }
-svg .dot { fill: var(--right); } svg .dot.second { fill: var(--wrong); }
+svg .line1 { stroke: var(--wrong); stroke-dasharray: 6 4; }
 dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 0.35rem 1.25rem; margin: 1.5rem 0; }
 dt { color: var(--quiet); } dd { margin: 0; overflow-wrap: anywhere; }
 code, dd.code { font: 0.875em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
@@ -1246,8 +1245,8 @@ code, dd.code { font: 0.875em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas,
 @media (prefers-reduced-motion: no-preference) { button, .button, .paper { transition: border-color 0.15s; } }
 </style>
 <header>
-  <h1>Draw digits, and they are read</h1>
-  <p>A small Vision Transformer reads every stroke. It is all in this file: nothing is loaded, nothing is sent.</p>
+  <h1>Draw some digits</h1>
+  <p>A small Vision Transformer reads them as you draw. It is all in this file: nothing is loaded, nothing is sent.</p>
 </header>
 <main>
   <section class="try" aria-label="Draw and read">
@@ -1272,33 +1271,31 @@ code, dd.code { font: 0.875em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas,
     </div>
     <div class="answer">
       <h2>What it reads</h2>
-      <p id="text"></p>
+      <p id="text" aria-live="polite"></p>
       <ul id="digits" aria-label="Digits read, with confidence"></ul>
       <p id="told" class="quiet"></p>
-      <p id="said" class="unseen" aria-live="polite"></p>
-      <p class="quiet">Point at a digit, or tap it, to see where the model looked. Each digit is brought to the size of
-        its training digits first; <em>the pad as it is</em> leaves that out. You may drop or paste a picture of digits.
-        Of photos and whole pages, <code>sample.py --image</code> reads more.</p>
+      <p class="quiet">Point at a digit, or tap it, to see where the model looked. Each digit is first brought to the
+        size of those it was trained on; <em>the pad as it is</em> skips that. You can also drop or paste a picture of
+        digits. For photographs and whole pages, <code>sample.py --image</code> reads more.</p>
     </div>
   </section>
   <section>
     <h2>How it reads</h2>
     <p id="score"></p>
     <p id="kind" class="warning" hidden></p>
-    <p class="quiet">Some test canvases, mistakes first. A solid frame is right, a dashed one is wrong.
-      Choose one to put it on the pad.</p>
+    <p class="quiet">Some test canvases, mistakes first. Solid frames are right, dashed ones wrong.
+      Choose a canvas to put it on the pad.</p>
     <div id="canvases"></div>
   </section>
   <section class="pair">
     <div>
-      <h2>What is taken for what</h2>
+      <h2>What it takes for what</h2>
       <div class="wide" tabindex="0" role="region" aria-label="Confusion matrix"><table id="confusion"></table></div>
     </div>
     <div>
       <h2>By number of digits</h2>
       <div class="wide" tabindex="0" role="region" aria-label="Accuracy by number of digits">
         <table id="counts"></table></div>
-      <p id="nearby" class="quiet"></p>
     </div>
   </section>
   <section>
@@ -1351,13 +1348,19 @@ function rotate(x, {cos, sin}, half) {
   }
 }
 
+// For each cell of a grid, the cells at most `window` rows and columns from it
+function cellsAround(rows, columns, window) {
+  const cells = Int32Array.from({length: rows * columns}, (_, i) => i), row = i => Math.floor(i / columns);
+  const near = (i, j) => Math.abs(row(i) - row(j)) <= window && Math.abs(i % columns - j % columns) <= window;
+  return Array.from(cells, i => cells.filter(j => near(i, j)));
+}
+
 // The tokens that each token attends to: what window_bias allows
 function windowKeys(rows, columns, window, prefix) {
   const all = Int32Array.from({length: prefix + rows * columns}, (_, i) => i);
-  const near = (i, j) => Math.abs(Math.floor(i / columns) - Math.floor(j / columns)) <= window &&
-    Math.abs(i % columns - j % columns) <= window;
-  return Array.from(all, i => i < prefix || !window ? all :
-    all.filter(j => j < prefix || near(i - prefix, j - prefix)));
+  if (!window) return Array.from(all, () => all);
+  return [...all.subarray(0, prefix)].map(() => all).concat(cellsAround(rows, columns, window).map(cells =>
+    Int32Array.of(...all.subarray(0, prefix), ...cells.map(i => prefix + i))));
 }
 
 // Bicubic and anti-aliased interpolation from `from` to `to` points, as torch has it (a = -0.5): weights (to, from)
@@ -1603,24 +1606,13 @@ function softmax(logits, classes) {
   return shares;
 }
 
-// Shares (cells, k), summed for each cell over the cells less than `apart` from it
-function around(share, grid, k, apart) {
+// Shares (cells, k), summed for each cell over the cells near it
+function around(share, near, k) {
   const sums = new Float64Array(share.length);
-  for (let row = 0; row < grid.rows; row++) for (let column = 0; column < grid.columns; column++) {
-    for (const near of cellsAround(row, column, grid, apart)) for (let i = 0; i < k; i++) {
-      sums[(row * grid.columns + column) * k + i] += share[near * k + i];
-    }
-  }
+  near.forEach((cells, cell) => {
+    for (const other of cells) for (let i = 0; i < k; i++) sums[cell * k + i] += share[other * k + i];
+  });
   return sums;
-}
-
-function cellsAround(row, column, {rows, columns}, apart) {
-  const cells = [];
-  for (let r = Math.max(0, row - apart + 1); r < Math.min(rows, row + apart); r++) {
-    const end = Math.min(columns, column + apart);
-    for (let c = Math.max(0, column - apart + 1); c < end; c++) cells.push(r * columns + c);
-  }
-  return cells;
 }
 
 // The place of the largest value in a row of a matrix
@@ -1630,36 +1622,32 @@ function argmax(x, row, width) {
   return best - row * width;
 }
 
-// The class of each cell, decided jointly: see decode in data.py
-function decode(share, grid, classes, empty, apart) {
-  const cells = grid.rows * grid.columns, labels = new Array(cells).fill(empty);
+// The class of each cell, decided jointly: see decode in data.py. near: the cells around each that one digit may give
+// its share to; taken: those where there is no second digit.
+function decode(share, near, taken, classes, empty) {
+  const labels = near.map(() => empty);
   if (empty === null) return labels.map((_, cell) => argmax(share, cell, classes));
-  const digits = share.filter((_, i) => i % classes < empty), near = Math.min(apart, 2);
-  const best = around(digits, grid, empty, near);
-  const left = Float64Array.from(labels, (_, cell) => digits.subarray(cell * empty, (cell + 1) * empty)
-    .reduce((a, b) => a + b, 0));
+  const digits = share.filter((_, i) => i % classes < empty), best = around(digits, near, empty);
+  const left = Float64Array.from(labels, (_, cell) =>
+    digits.subarray(cell * empty, (cell + 1) * empty).reduce((a, b) => a + b));
   for (;;) {
-    const sums = around(left, grid, 1, near), sure = left.map((value, cell) => sums[cell] > 0.5 ? value : 0);
-    const cell = argmax(sure, 0, cells);
+    const sums = around(left, near, 1), sure = left.map((value, cell) => sums[cell] > 0.5 ? value : 0);
+    const cell = argmax(sure, 0, labels.length);
     if (!(sure[cell] > 0)) return labels;
     labels[cell] = argmax(best, cell, empty);
-    for (const done of cellsAround(Math.floor(cell / grid.columns), cell % grid.columns, grid, apart)) left[done] = 0;
+    for (const done of taken[cell]) left[done] = 0;
   }
 }
 
-// Logits of a canvas -> [{digit, row, column, confidence}, ...] in reading order
-function readLogits(logits, grid, classes, empty, apart) {
-  let share = softmax(logits, classes);
-  const labels = decode(share, grid, classes, empty, apart);
-  if (empty !== null) share = around(share, grid, classes, Math.min(apart, 2)).map(sum => Math.min(sum, 1));
-  return labels.map((digit, cell) => ({digit, cell, row: Math.floor(cell / grid.columns), column: cell % grid.columns,
-    confidence: share[cell * classes + digit]})).filter(({digit}) => digit !== empty);
-}
-
+// A canvas -> [{digit, cell, row, column, confidence}, ...] in reading order
 function read(model, canvas, empty, apart = 2) {
-  const grid = {rows: canvas.height / model.side, columns: canvas.width / model.side};
-  if (!model.config.cell) grid.rows = grid.columns = 1;
-  return readLogits(model.forward(canvas), grid, model.config.num_classes, empty, apart);
+  const {cell: side, num_classes: classes} = model.config, columns = side ? canvas.width / side : 1;
+  const [near, taken] = [Math.min(apart, 2), apart].map(n =>
+    cellsAround(side ? canvas.height / side : 1, columns, n - 1));
+  const shares = softmax(model.forward(canvas), classes), labels = decode(shares, near, taken, classes, empty);
+  const sure = empty === null ? shares : around(shares, near, classes);
+  return labels.map((digit, cell) => ({digit, cell, row: Math.floor(cell / columns), column: cell % columns,
+    confidence: Math.min(sure[cell * classes + digit], 1)})).filter(({digit}) => digit !== empty);
 }
 </script>
 <script>
@@ -1779,14 +1767,12 @@ function belong(a, b, usual) {
 }
 
 function joined(pieces, usual) {
-  const whole = [];
-  for (let piece of pieces) {
+  return pieces.reduce((whole, piece) => {
     for (let i; (i = whole.findIndex(other => belong(piece, other, usual))) >= 0;) {
       piece = union(piece, whole.splice(i, 1)[0]);
     }
-    whole.push(piece);
-  }
-  return whole;
+    return [...whole, piece];
+  }, []);
 }
 
 // ---- From the pad to canvases, and what the model reads on them
@@ -1888,7 +1874,7 @@ function readGrid(inks) {
 }
 
 function readPad() {
-  if (!pad.strokes.length && !pad.picture) return [];
+  if (blank()) return [];
   if (pad.whole) return readWhole();
   const inks = piecesOf(inkOf(FINE, FINE, into => paintPad(into, FINE)));
   return !inks.pieces.length ? [] : empty === null ? readGrid(inks) : readPieces(inks);
@@ -1912,8 +1898,8 @@ function textOf(lines) {
   return lines.map(line => {
     const gaps = line.slice(1).map(({box}, i) => box.left - line[i].box.right);
     const usual = gaps.length > 1 ? [...gaps].sort((a, b) => a - b)[gaps.length - 1 >> 1] : 0.5 * height;
-    const blank = i => !pad.whole && gaps[i - 1] > Math.max(0.6 * height, 2 * usual) ? " " : "";
-    return line.map(({digit, confidence}, i) => blank(i) + (confidence < UNSURE ? "?" : digit)).join("");
+    const space = i => !pad.whole && gaps[i - 1] > Math.max(0.6 * height, 2 * usual) ? " " : "";
+    return line.map(({digit, confidence}, i) => space(i) + (confidence < UNSURE ? "?" : digit)).join("");
   }).join("\n");
 }
 
@@ -1922,6 +1908,7 @@ function textOf(lines) {
 // picture: a canvas that is stretched over the pad; whole: the pad is read as one canvas, px by px
 let pad = {size: model.config.image_size, strokes: [], picture: null, whole: false};
 let past = [], digits = [], stroke = null, took = 0, waiting = 0;
+const blank = () => !pad.strokes.length && !pad.picture;
 const pen = () => Number(by("pen").value);          // px of a canvas
 
 // Change the pad; the past keeps what was before
@@ -1936,7 +1923,7 @@ function changed() {
   const into = by("ink").getContext("2d"), side = into.canvas.width;
   into.clearRect(0, 0, side, side);
   paintPad(into, side);
-  by("hint").hidden = pad.strokes.length || pad.picture;
+  by("hint").hidden = !blank();
   by("size").value = pad.size;
   by("way").value = pad.whole ? "whole" : "";
   const lines = pad.whole || empty === null ? pad.size / model.side : 0;
@@ -1965,7 +1952,6 @@ function update() {
     return element("li", {}, button);
   }));
   choose(-1);
-  if (!stroke) by("said").textContent = digits.length ? `Read: ${by("text").textContent}` : "";
 }
 
 function frameOf({left, top, right, bottom}, text, wrong) {
@@ -1982,11 +1968,10 @@ function choose(i) {
   const into = by("heat").getContext("2d"), side = into.canvas.width, shown = digits[i];
   into.clearRect(0, 0, side, side);
   [...by("frames").children].forEach((frame, j) => frame.classList.toggle("chosen", i === j));
-  by("told").textContent = shown ? `Orange shows where the model looked to read this ${shown.digit}: its attention, ` +
-    "followed through all blocks (attention rollout)." : digits.length ?
-    `${plural(digits.length, "digit")}, read in ${took.toFixed(0)} ms` :
-    pad.strokes.length || pad.picture ? "No digits found." : "";
+  by("told").textContent = digits.length ? `${plural(digits.length, "digit")}, read in ${took.toFixed(0)} ms.` :
+    blank() ? "" : "No digits found.";
   if (!shown) return;
+  by("told").textContent = `Orange shows where the model looked to read this ${shown.digit} (attention rollout).`;
   const {canvas, cell, place} = shown, patch = model.config.patch_size;
   const rows = canvas.height / patch, columns = canvas.width / patch, small = context(columns, rows);
   const image = small.createImageData(columns, rows), colour = getComputedStyle(by("heat")).getPropertyValue("--heat");
@@ -2085,16 +2070,17 @@ async function open(file) {
 // Grey, 0 to 1 -> ink. The paper is what most px are in the blocks around; dark or light ink, whichever differs more.
 function inkIn(grey, width, height) {
   const block = Math.ceil(Math.max(width, height) / 12), off = new Float64Array(grey.length);
-  for (let y = 0; y < height; y += block) for (let x = 0; x < width; x += block) {
-    const near = [];
-    for (let v = Math.max(0, y - block); v < Math.min(height, y + 2 * block); v += 3) {
-      for (let u = Math.max(0, x - block); u < Math.min(width, x + 2 * block); u += 3) near.push(grey[v * width + u]);
+  const within = (left, top, side, step, use) => {
+    for (let y = Math.max(0, top); y < Math.min(height, top + side); y += step) {
+      for (let x = Math.max(0, left); x < Math.min(width, left + side); x += step) use(y * width + x);
     }
+  };
+  within(0, 0, Math.max(width, height), block, at => {
+    const left = at % width, top = Math.floor(at / width), near = [];
+    within(left - block, top - block, 3 * block, 3, i => near.push(grey[i]));
     const paper = median(near);
-    for (let v = y; v < Math.min(height, y + block); v++) for (let u = x; u < Math.min(width, x + block); u++) {
-      off[v * width + u] = grey[v * width + u] - paper;
-    }
-  }
+    within(left, top, block, 1, i => { off[i] = grey[i] - paper; });
+  });
   const weight = sign => total(off.map(value => Math.max(0, sign * value) ** 2));
   const sign = weight(-1) > weight(1) ? -1 : 1, strong = off.map(value => sign * value).sort();
   const full = Math.max(strong[Math.floor(0.995 * strong.length)], 0.1);
@@ -2104,12 +2090,10 @@ function inkIn(grey, width, height) {
 const openFirst = ({files}) => { if (files[0]) open(files[0]); };
 by("file").onchange = ({target}) => { openFirst(target); target.value = ""; };
 addEventListener("paste", ({clipboardData}) => openFirst(clipboardData));
-addEventListener("dragover", event => { event.preventDefault(); by("pad").classList.add("over"); });
-addEventListener("dragleave", () => by("pad").classList.remove("over"));
-addEventListener("drop", event => {
+for (const kind of ["dragover", "dragleave", "drop"]) addEventListener(kind, event => {
   event.preventDefault();
-  by("pad").classList.remove("over");
-  openFirst(event.dataTransfer);
+  by("pad").classList.toggle("over", kind === "dragover");
+  if (kind === "drop") openFirst(event.dataTransfer);
 });
 
 // ---- How it reads
@@ -2132,13 +2116,12 @@ function canvasButton({number, verdict, findings, ink}) {
   return button;
 }
 
-// Each row begins with its name; a cell is text or an element
+// Rows of texts and cells, each after its name
 function fill(table, caption, head, rows) {
-  const cellsOf = ([name, ...cells]) => [element("th", {scope: "row", textContent: name}),
-    ...cells.map(cell => cell instanceof Node ? cell : element("td", {textContent: cell}))];
-  table.append(element("caption", {textContent: caption}), element("thead", {}, element("tr", {},
-    ...head.map(text => element("th", {scope: "col", textContent: text})))),
-    element("tbody", {}, ...rows.map(row => element("tr", {}, ...cellsOf(row)))));
+  const row = cells => element("tr", {}, ...cells), th = scope => textContent => element("th", {scope, textContent});
+  const td = cell => cell instanceof Node ? cell : element("td", {textContent: cell});
+  table.append(element("caption", {textContent: caption}), element("thead", {}, row(head.map(th("col")))),
+    element("tbody", {}, ...rows.map(([name, ...cells]) => row([th("row")(name), ...cells.map(td)]))));
 }
 
 function showFigures() {
@@ -2152,9 +2135,8 @@ function showFigures() {
     "Trained and tested on digits that the program drew itself: these figures say nothing about handwriting." :
     "Trained and tested on another data set than MNIST.";
   const occur = names.map((_, i) => i).filter(i => total(confusion[i]) || column(i));
-  const shown = occur.length > 40 ? [] : occur;     // columns
   fill(by("confusion"), `What is there (rows) and what is read (columns)${facts.note}`,
-    ["", ...shown.map(i => names[i]), "recall", "precision"], occur.map(i => [names[i], ...shown.map(j => {
+    ["", ...occur.map(i => names[i]), "recall", "precision"], occur.map(i => [names[i], ...occur.map(j => {
       const n = confusion[i][j], mistakes = total(confusion[i]) - confusion[i][i];
       const cell = element("td", {textContent: n ? n.toLocaleString("en") : "·"});
       cell.className = i === j ? "same" : n ? "other" : "";
@@ -2166,46 +2148,42 @@ function showFigures() {
       [n, each.toLocaleString("en"), percent(whole, each), percent(right, n * each)]));
 }
 
-// Curves, [name, points (step, value)] each, as SVG with axes
-function plot(title, curves, log) {
+// Curves, [name, points (step, height)] each, as SVG with axes; label: of a height
+function plot(title, curves, label) {
   const svg = (name, attributes, text = "") => {
     const made = document.createElementNS("http://www.w3.org/2000/svg", name);
     for (const key in attributes) made.setAttribute(key, attributes[key]);
     made.textContent = text;
     return made;
   };
-  const drawn = curves.map(([name, points]) => [name, points.filter(([, v]) => !log || v > 0)]);
-  const points = drawn.flatMap(([, each]) => each), last = Math.max(...points.map(([step]) => step));
-  const values = points.map(([, v]) => log ? Math.log10(v) : v);
-  let low = Math.min(...values), high = Math.max(...values);
-  if (log) [low, high] = [Math.floor(low), Math.ceil(high)];
-  if (high - low < 0.1) [low, high] = [low - 0.1, high + 0.1];
-  const x = step => 52 + 400 * step / last, y = v => 220 - 200 * ((log ? Math.log10(v) : v) - low) / (high - low);
+  const points = curves.flatMap(([, each]) => each), last = Math.max(...points.map(([step]) => step));
+  const heights = points.map(([, height]) => height), low = Math.floor(Math.min(...heights));
+  const span = Math.max(Math.ceil(Math.max(...heights)) - low, 1), ticks = span > 8 ? 4 : span;
+  const x = step => 52 + 400 * step / last, y = height => 220 - 200 * (height - low) / span;
   const picture = svg("svg", {viewBox: "0 0 470 270", role: "img", "aria-label": `${title} over steps`});
-  for (let i = 0, ticks = log ? high - low : 4; i <= ticks; i++) {
-    const at = low + (high - low) * i / ticks, v = log ? 10 ** at : at;
-    picture.append(svg("line", {x1: 52, x2: 452, y1: y(v), y2: y(v), class: "axis"}),
-      svg("text", {x: 46, y: y(v) + 4, "text-anchor": "end"}, log ? +v.toPrecision(1) : v.toFixed(1) + "%"));
+  for (let height = low; height <= low + span; height += span / ticks) {
+    picture.append(svg("line", {x1: 52, x2: 452, y1: y(height), y2: y(height), class: "axis"}),
+      svg("text", {x: 46, y: y(height) + 4, "text-anchor": "end"}, label(height)));
   }
   for (const step of [0, 1, 2, 3, 4].map(i => Math.round(last * i / 4))) {
     picture.append(svg("text", {x: x(step), y: 240, "text-anchor": "middle"}, step.toLocaleString("en")));
   }
-  drawn.forEach(([name, each], i) => {
-    const kind = i ? " second" : "", line = each.map(([step, v]) => `${x(step)},${y(v)}`).join(" ");
-    picture.append(svg("polyline", {class: "line" + kind, points: line}),
-      svg("line", {x1: 190 + 130 * i, x2: 214 + 130 * i, y1: 8, y2: 8, class: "line" + kind}),
-      svg("text", {x: 220 + 130 * i, y: 12}, name));
-  });
   picture.append(svg("text", {x: 252, y: 262, "text-anchor": "middle"}, "step"));
+  curves.forEach(([name, each], i) => {
+    const line = each.map(([step, height]) => `${x(step)},${y(height)}`).join(" "), left = 190 + 130 * i;
+    picture.append(svg("polyline", {class: `line line${i}`, points: line}), svg("text", {x: left + 30, y: 12}, name),
+      svg("polyline", {class: `line line${i}`, points: `${left},8 ${left + 24},8`}));
+  });
   by("curves").append(element("figure", {}, element("figcaption", {textContent: title + facts.note}), picture));
 }
 
 function showRun() {
-  const curve = (name, factor = 1) => (facts.curves[name] ?? []).map(([step, v]) => [step, factor * v]);
-  const loss = [["training", curve("train loss")], ["evaluation", curve("eval loss")]];
-  const accuracy = [["digits", curve("eval digit_accuracy", 100)], ["whole canvases", curve("eval exact_match", 100)]];
-  if (loss[0][1].length > 1) plot("Loss: cross entropy of the cells, log scale", loss, true);
-  if (accuracy[1][1].length > 1) plot("Right on evaluation canvases", accuracy, false);
+  const curves = (names, height) => Object.keys(names).filter(key => facts.curves[key]?.length > 1)
+    .map(key => [names[key], facts.curves[key].map(([step, value]) => [step, height(value)])]);
+  const loss = curves({"train loss": "training", "eval loss": "evaluation"}, value => Math.log10(value + 1e-6));
+  const right = curves({"eval digit_accuracy": "digits", "eval exact_match": "whole canvases"}, value => 100 * value);
+  if (loss.length) plot("Loss: cross entropy of the cells, log scale", loss, height => +(10 ** height).toPrecision(1));
+  if (right.length) plot("Right on evaluation canvases", right, height => `${+height.toFixed(1)}%`);
   by("run").append(...facts.run.flatMap(([title, text]) => [element("dt", {textContent: title}),
     element("dd", {textContent: text, className: title === "command" ? "code" : ""})]));
 }
