@@ -1193,7 +1193,7 @@ section { margin-bottom: 3rem; }
 .frame span { position: absolute; left: -2px; bottom: 100%; padding: 0 0.3rem; font: 600 0.75rem/1.3 system-ui;
   white-space: nowrap; color: var(--paper); background: var(--right); border-radius: 4px; }
 .frame.wrong span { background: var(--wrong); }
-.frame.high span { bottom: auto; top: 100%; }
+.frame.high span { bottom: auto; top: -2px; }
 .tools { display: flex; flex-wrap: wrap; gap: 0.5rem 0.75rem; align-items: center; margin-top: 0.75rem;
   font-size: 0.875rem; }
 .tools label { display: inline-flex; gap: 0.4rem; align-items: center; min-height: 2.5rem; }
@@ -1280,7 +1280,7 @@ code, dd.code { font: 0.875em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas,
     </div>
   </section>
   <section>
-    <h2>How it reads</h2>
+    <h2>How well it reads</h2>
     <p id="score"></p>
     <p id="kind" class="warning" hidden></p>
     <p class="quiet">Some test canvases, mistakes first. Solid frames are right, dashed ones wrong.
@@ -1289,7 +1289,7 @@ code, dd.code { font: 0.875em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas,
   </section>
   <section class="pair">
     <div>
-      <h2>What it takes for what</h2>
+      <h2>What it mistakes for what</h2>
       <div class="wide" tabindex="0" role="region" aria-label="Confusion matrix"><table id="confusion"></table></div>
     </div>
     <div>
@@ -2096,7 +2096,7 @@ for (const kind of ["dragover", "dragleave", "drop"]) addEventListener(kind, eve
   if (kind === "drop") openFirst(event.dataTransfer);
 });
 
-// ---- How it reads
+// ---- How well it reads
 
 function canvasButton({number, verdict, findings, ink}) {
   const {size} = facts, picture = pictureOf(numbers(ink, "uint8"), size, size), place = {left: 0, top: 0, side: size};
@@ -2148,6 +2148,12 @@ function showFigures() {
       [n, each.toLocaleString("en"), percent(whole, each), percent(right, n * each)]));
 }
 
+// A round number, of which a span has 2 to 6 (whole ones: fewer where the span is small)
+function tickOf(span) {
+  const power = 10 ** Math.floor(Math.log10(span || 1)), times = span / power;
+  return Math.max(1, power * (times > 5 ? 2 : times > 2 ? 1 : 0.5));
+}
+
 // Curves, [name, points (step, height)] each, as SVG with axes; label: of a height
 function plot(title, curves, label) {
   const svg = (name, attributes, text = "") => {
@@ -2157,15 +2163,16 @@ function plot(title, curves, label) {
     return made;
   };
   const points = curves.flatMap(([, each]) => each), last = Math.max(...points.map(([step]) => step));
-  const heights = points.map(([, height]) => height), low = Math.floor(Math.min(...heights));
-  const span = Math.max(Math.ceil(Math.max(...heights)) - low, 1), ticks = span > 8 ? 4 : span;
-  const x = step => 52 + 400 * step / last, y = height => 220 - 200 * (height - low) / span;
+  const heights = points.map(([, height]) => height), lowest = Math.min(...heights), highest = Math.max(...heights);
+  const tick = tickOf(highest - lowest), low = Math.floor(lowest / tick) * tick;
+  const high = Math.max(Math.ceil(highest / tick) * tick, low + tick);
+  const x = step => 52 + 400 * step / last, y = height => 220 - 200 * (height - low) / (high - low);
   const picture = svg("svg", {viewBox: "0 0 470 270", role: "img", "aria-label": `${title} over steps`});
-  for (let height = low; height <= low + span; height += span / ticks) {
+  for (let height = low; height <= high; height += tick) {
     picture.append(svg("line", {x1: 52, x2: 452, y1: y(height), y2: y(height), class: "axis"}),
       svg("text", {x: 46, y: y(height) + 4, "text-anchor": "end"}, label(height)));
   }
-  for (const step of [0, 1, 2, 3, 4].map(i => Math.round(last * i / 4))) {
+  for (let step = 0; step <= last; step += tickOf(last)) {
     picture.append(svg("text", {x: x(step), y: 240, "text-anchor": "middle"}, step.toLocaleString("en")));
   }
   picture.append(svg("text", {x: 252, y: 262, "text-anchor": "middle"}, "step"));
@@ -2183,7 +2190,7 @@ function showRun() {
   const loss = curves({"train loss": "training", "eval loss": "evaluation"}, value => Math.log10(value + 1e-6));
   const right = curves({"eval digit_accuracy": "digits", "eval exact_match": "whole canvases"}, value => 100 * value);
   if (loss.length) plot("Loss: cross entropy of the cells, log scale", loss, height => +(10 ** height).toPrecision(1));
-  if (right.length) plot("Right on evaluation canvases", right, height => `${+height.toFixed(1)}%`);
+  if (right.length) plot("Right on evaluation canvases", right, height => `${height}%`);
   by("run").append(...facts.run.flatMap(([title, text]) => [element("dt", {textContent: title}),
     element("dd", {textContent: text, className: title === "command" ? "code" : ""})]));
 }
