@@ -1660,7 +1660,8 @@ const {HEIGHT, LOWEST, UNSURE, FAINT} = facts.limits, {empty} = facts;
 const FINE = 512;                                   // px that the pad's ink is cut into pieces at
 const INK = 77;                                     // of 255: what is less is not part of a piece
 const by = id => document.getElementById(id);
-const percent = (part, whole = 1) => whole ? `${(100 * part / whole).toFixed(1)}%` : "–";
+const percent = share => `${(100 * share).toFixed(1)}%`;
+const share = (part, whole) => whole ? `${(100 * part / whole).toFixed(2)}%` : "–";     // as in the terminal
 const plural = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : word.endsWith("s") ? "es" : "s"}`;
 const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
 const median = values => values.sort((a, b) => a - b)[values.length >> 1];
@@ -1781,7 +1782,7 @@ function joined(pieces, usual) {
 // are drawn anew, as wide as the pen is; a picture is resized.
 function cut(piece, {fine, label}, width, height, side, [x, y]) {
   const left = width / 2 - x * side, top = height / 2 - y * side, mine = i => piece.numbers.includes(label[i]);
-  const at = share => clamp(Math.floor(share * FINE), 0, FINE - 1);
+  const at = part => clamp(Math.floor(part * FINE), 0, FINE - 1);
   const ink = inkOf(width, height, into => {
     const picture = pad.picture && pictureOf(fine.map((value, i) => mine(i) ? value : 0), FINE, FINE);
     if (picture) drawShrunk(into, picture, left, top, side);
@@ -1856,7 +1857,7 @@ function readPieces(inks) {
 function readGrid(inks) {
   const frame = model.side, grid = pad.size / frame, ink = new Uint8Array(pad.size ** 2), cells = new Map();
   for (const piece of inks.pieces) {
-    const [column, row] = middle(piece).map(share => Math.floor(share * grid)), cell = row * grid + column;
+    const [column, row] = middle(piece).map(part => Math.floor(part * grid)), cell = row * grid + column;
     cells.set(cell, [...cells.get(cell) ?? [], piece]);
   }
   for (const [cell, pieces] of cells) {
@@ -2048,7 +2049,8 @@ addEventListener("keydown", event => {
 
 // ---- Pictures by other hands: grey, then ink against the paper around it
 
-async function open(file) {
+async function open({files: [file]}) {
+  if (!file) return;
   const image = await createImageBitmap(file).catch(() => null);
   if (!image) {
     by("told").textContent = "This browser cannot open that file as a picture.";
@@ -2087,13 +2089,12 @@ function inkIn(grey, width, height) {
   return Uint8ClampedArray.from(off, value => 255 * (sign * value / full - 0.3) / 0.5);
 }
 
-const openFirst = ({files}) => { if (files[0]) open(files[0]); };
-by("file").onchange = ({target}) => { openFirst(target); target.value = ""; };
-addEventListener("paste", ({clipboardData}) => openFirst(clipboardData));
+by("file").onchange = ({target}) => { open(target); target.value = ""; };
+addEventListener("paste", ({clipboardData}) => open(clipboardData));
 for (const kind of ["dragover", "dragleave", "drop"]) addEventListener(kind, event => {
   event.preventDefault();
   by("pad").classList.toggle("over", kind === "dragover");
-  if (kind === "drop") openFirst(event.dataTransfer);
+  if (kind === "drop") open(event.dataTransfer);
 });
 
 // ---- How well it reads
@@ -2127,9 +2128,9 @@ function fill(table, caption, head, rows) {
 function showFigures() {
   const {names, confusion, by_count: counts} = facts.figures, column = i => total(confusion.map(row => row[i]));
   const sum = of => total(counts.map(of)), canvases = sum(row => row[1]), all = sum(row => row[0] * row[1]);
-  by("score").textContent = `${percent(sum(row => row[2]), canvases)} of ${plural(canvases, "test canvas")} of ` +
+  by("score").textContent = `${share(sum(row => row[2]), canvases)} of ${plural(canvases, "test canvas")} of ` +
     `${facts.size} × ${facts.size} px${facts.note} are read without a mistake, and ` +
-    `${percent(sum(row => row[3]), all)} of the ${plural(all, "digit")} on them.`;
+    `${share(sum(row => row[3]), all)} of the ${plural(all, "digit")} on them.`;
   by("kind").hidden = !facts.note;
   by("kind").textContent = facts.note.includes("drawn") ?
     "Trained and tested on digits that the program drew itself: these figures say nothing about handwriting." :
@@ -2142,10 +2143,10 @@ function showFigures() {
       cell.className = i === j ? "same" : n ? "other" : "";
       cell.style.setProperty("--share", Math.sqrt(n / mistakes));
       return cell;
-    }), percent(confusion[i][i], total(confusion[i])), percent(confusion[i][i], column(i))]));
+    }), share(confusion[i][i], total(confusion[i])), share(confusion[i][i], column(i))]));
   fill(by("counts"), `Canvases by the number of digits on them${facts.note}`,
     ["digits", "canvases", "all right", "digits right"], counts.map(([n, each, whole, right]) =>
-      [n, each.toLocaleString("en"), percent(whole, each), percent(right, n * each)]));
+      [n, each.toLocaleString("en"), share(whole, each), share(right, n * each)]));
 }
 
 // A round number, of which a span has 2 to 6 (whole ones: fewer where the span is small)
