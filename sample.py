@@ -2024,7 +2024,8 @@ by("pad").onpointerup = by("pad").onpointercancel = event => {
   if (tapped < 0) changed(); else choose(tapped);
 };
 
-by("pad").onpointerleave = () => { if (!stroke) choose(focused()); };
+// A finger leaves as it is lifted: what it asked for stays
+by("pad").onpointerleave = event => { if (!stroke && event.pointerType === "mouse") choose(focused()); };
 
 function undo() {
   pad = past.pop() ?? pad;

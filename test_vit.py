@@ -2762,7 +2762,12 @@ def test_the_page_in_a_browser(finished, tmp_path, phase, capsys):
         page.touchscreen.tap(pad["x"] + 50, pad["y"] + 50)                  # a finger's dot, and it is taken back
         assert page.evaluate("pad.strokes.length") == 1
         page.locator("#undo").click()
-        assert settled(page) == [] and complaints == []
+        assert settled(page) == [] and page.locator("#hint").is_visible()
+        draw_with_the_mouse(page, 7, 0.3, 0.3, 0.4)
+        settled(page)
+        page.mouse.move(0, 0)
+        page.touchscreen.tap(pad["x"] + pad["width"] / 2, pad["y"] + pad["height"] / 2)
+        assert "looked to read this 3" in page.locator("#told").inner_text() and complaints == []
 
 
 @needs_mnist
