@@ -1219,6 +1219,7 @@ button:hover, .button:hover { border-color: var(--right); }
 #canvases canvas { image-rendering: pixelated; }
 #canvases .bad { color: var(--wrong); font-weight: 600; }
 .pair { display: grid; gap: 2rem; grid-template-columns: minmax(0, 1fr); }
+.pair > div { min-width: 0; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.8125rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--quiet); padding-bottom: 0.5rem; }
@@ -1240,7 +1241,7 @@ code, dd.code { font: 0.875em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas,
   body { padding: 3rem 2rem 5rem; }
   .try { grid-template-columns: minmax(0, 32rem) minmax(0, 1fr); }
   .pair { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); }
-  section.pair { grid-template-columns: max-content minmax(0, 1fr); column-gap: 4rem; }
+  section.pair { grid-template-columns: fit-content(60%) minmax(0, 1fr); column-gap: 4rem; }
 }
 @media (prefers-reduced-motion: no-preference) { button, .button, .paper { transition: border-color 0.15s; } }
 </style>
