@@ -498,7 +498,7 @@ def neighbour_noise(picture):
 
 def row_runs(mask):
     """The runs of pixels side by side in the rows of a mask, bool (H, W): its changes, int8 (H, W + 1), 1 where a run
-    begins and -1 one past its end; and of each run, in reading order, the row, where it begins, and one past its end."""
+    begins and -1 one past its end; of each run, in reading order, the row, its begin, and one past its end."""
     changes = np.diff(np.pad(mask.numpy().astype(np.int8), ((0, 0), (1, 1))), axis=1)
     row, begin = np.nonzero(changes == 1)
     _, end = np.nonzero(changes == -1)
@@ -843,12 +843,8 @@ def curves(folders):
     figure = Figure(figsize=(12, 11), layout="constrained")
     panels = figure.subplots(len(PANELS), 2, sharex="col", sharey="row")
     for number, folder in enumerate(folders):
-        path = Path(folder) / "metrics.jsonl"
-        data.check_regular(path)
-        try:
-            plot_run(panels, folder, [json.loads(line) for line in path.read_text().splitlines()], f"C{number}")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path} is not a metrics file of train.py: {type(error).__name__}: {error}") from None
+        metrics, drawn = metrics_of(Path(folder) / "metrics.jsonl")
+        plot_run(panels, folder + " (drawn digits)" * drawn, metrics, f"C{number}")
     for (title, scale), row in zip(PANELS, panels):
         row[0].set_ylabel(title)
         for panel in row:
@@ -864,18 +860,29 @@ def curves(folders):
     print(f"wrote {path}")
 
 
+def metrics_of(path):
+    """The CURVES of a metrics.jsonl, by event and key: float (n, 3), step, seconds and value, NaN where it is null. And
+    whether the digits were drawn by the program. ValueError if it is not a metrics file, or nothing was logged yet."""
+    data.check_regular(path)
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        metrics = {(event, key): np.array([(line["step"], line["seconds"], line[key]) for line in lines
+                                           if line["event"] == event], dtype=float).reshape(-1, 3)
+                   for _, event, key, _, _ in CURVES}
+        drawn = any("drawn" in line["data"] for line in lines if line["event"] == "eval")
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{path} is not a metrics file of train.py: {type(error).__name__}: {error}") from None
+    if not len(metrics["train", "loss"]):
+        raise ValueError(f"{path}: nothing was logged yet")
+    return metrics, drawn
+
+
 def plot_run(panels, name, metrics, colour):
-    """Add the CURVES of one run. metrics: the objects in its metrics.jsonl."""
-    if not any(line["event"] == "train" for line in metrics):
-        raise ValueError("nothing was logged yet")
-    if any("drawn" in line["data"] for line in metrics if line["event"] == "eval"):
-        name = f"{name} (drawn digits)"
+    """Add the CURVES of one run, as `metrics_of` has them."""
     for row, event, key, label, style in CURVES:
-        lines = [line for line in metrics if line["event"] == event]
-        values = np.array([line[key] for line in lines], dtype=float)       # None, for no digits, becomes NaN
-        for panel, x in zip(panels[row], ("step", "seconds")):
-            panel.plot([line[x] for line in lines], 100 * values if row == 2 else values, color=colour,
-                       label=f"{name}, {label}", **style)
+        *places, values = metrics[event, key].T
+        for panel, place in zip(panels[row], places):                       # by steps and by seconds
+            panel.plot(place, 100 * values if row == 2 else values, color=colour, label=f"{name}, {label}", **style)
 
 
 def main(arguments=None):
@@ -1082,6 +1089,7 @@ def model_facts(model, dtype):
     config, state = model.config, model.state_dict()
     strange = [f"{name}={value!r}" for name, value in asdict(config).items()
                if name not in PAGE_FIELDS and value != getattr(type(config), name, None)]
+    strange += ["a class token with cells"] * (config.class_token and config.cell > 0)
     strange += [name for name in state if not PAGE_PARAMETERS.fullmatch(name)]
     if strange or config.in_channels != 1:
         raise ValueError(f"--page cannot compute this model: {', '.join(strange[:3]) or 'its images have colours'}")
@@ -1131,18 +1139,13 @@ def command_of(checkpoint):
 
 def points_of(path):
     """The points (step, value) of each of the CURVES in a metrics.jsonl, at most MOST_POINTS of each, which are means
-    of those beside each other. Empty where there is no such file; ValueError where it is no such file."""
-    data.check_regular(path)
-    try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        curves = {f"{event} {key}": np.array([(line["step"], line[key]) for line in lines if line["event"] == event],
-                                             dtype=float).reshape(-1, 2) for _, event, key, _, _ in CURVES}
-    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{path} is not a metrics file of train.py: {type(error).__name__}: {error}") from None
-    for name, points in curves.items():
-        points = points[np.isfinite(points).all(1)]
+    of those beside each other. Empty if the file does not exist."""
+    curves = {}
+    for (event, key), points in (metrics_of(path)[0] if path.exists() else {}).items():
+        points = points[np.isfinite(points).all(1)][:, [0, 2]]
         each = -(-len(points) // MOST_POINTS) or 1
-        curves[name] = [part.mean(0).tolist() for part in np.split(points, range(each, len(points), each)) if len(part)]
+        parts = np.split(points, range(each, len(points), each))
+        curves[f"{event} {key}"] = [part.mean(0).tolist() for part in parts if len(part)]
     return curves
 
 

@@ -126,6 +126,19 @@ def finished(digits_folder, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def learnt(tmp_path_factory):
+    """The folder of a phase's run that learnt real digits, if for a short time."""
+    @functools.cache
+    def run(phase):
+        out = tmp_path_factory.mktemp("learnt")
+        flags = {1: ["--max_steps=200"], 2: ["--max_steps=150", "--batch_size=64"], 3: ["--max_steps=300"]}[phase]
+        train.main([f"--data_dir={os.environ['MNIST_DIR']}", "--data=mnist", f"--phase={phase}", f"--out_dir={out}",
+                    "--eval_every=0", "--test_canvases=2000", *flags])
+        return out
+    return run
+
+
 def value_error_of(call, *arguments, **options):
     """The line with which a call refuses its arguments; "" if it takes them."""
     try:
@@ -915,7 +928,7 @@ def test_weights_that_do_not_fit_say_what_they_are():
     model, head = shaken(class_token=True, num_classes=0), torch.zeros(5, 64)
     for clues, weights in [
             (["blocks.0.ls1.gamma (64,): layer_scale=True", "reg_token (1, 3, 64): registers=3",
-              "pos_embed (1, 16, 64): n * n positions: class_position=False", "head.weight (10, 64): num_classes=10"],
+              "pos_embed (1, 16, 64): n * n positions: class_token=False or class_position=False", "head.weight (10, 64): num_classes=10"],
              state),
             (['module.cls_token (1, 1, 64): of a wrapped model'], {f"module.{name}": state[name] for name in state}),
             (["model (): the state dict is one level down"], {"model": state}),
@@ -2111,13 +2124,11 @@ def test_a_killed_run_goes_on_exactly(flags, tmp_path):
 
 
 @needs_mnist
-@pytest.mark.parametrize("phase,flags,least", [
-    (1, ["--max_steps=200"], 0.9), (2, ["--max_steps=150", "--batch_size=64"], 0.5),
-    (3, ["--max_steps=200", "--dim=64", "--batch_size=64"], 0.3)])
-def test_learns_real_digits(tmp_path, phase, flags, least):
-    train.main([f"--data_dir={os.environ['MNIST_DIR']}", "--data=mnist", f"--phase={phase}", f"--out_dir={tmp_path}",
-                "--eval_every=0", "--test_canvases=2000", *flags])
-    assert metrics(tmp_path)[-1]["digit_accuracy"] > least
+@pytest.mark.parametrize("phase,least", [(1, 0.9), (2, 0.5), (3, 0.3)])
+def test_learns_real_digits(learnt, phase, least):
+    assert metrics(learnt(phase))[-1]["digit_accuracy"] > least
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line, as a user meets it
 
@@ -2171,7 +2182,8 @@ def test_help_explains_every_flag(monkeypatch, capsys):
         assert text == settings[name].metadata["help"] + default, name
     for name, text in explained[1].items():
         default = vars(sample.parse([]))[name]
-        assert ("(default: " in text) == (name not in ("mistakes", "attention", "curves", "page", "image", "json")), name
+        silent = ("mistakes", "attention", "curves", "page", "image", "json")
+        assert ("(default: " in text) == (name not in silent), name
         assert default is None or default is False or f"(default: {default})" in text, name
 
 
@@ -2351,11 +2363,10 @@ def test_pages_become_the_canvases_they_show(tmp_path, drawn, with_pillow):
 
 
 @needs_mnist
-def test_real_digits_on_pages_are_read(tmp_path):
+def test_real_digits_on_pages_are_read(learnt, tmp_path):
     """Real handwriting on paper, twice as large and off the middle, of which a model is sure in MNIST's own frame."""
-    folder, out = os.environ["MNIST_DIR"], f"{tmp_path}/out"
-    _, model = train.run(phase=1, data="mnist", data_dir=folder, out_dir=out, max_steps=200, device="cpu")
-    images, labels = (tensor[:100] for tensor in data.load_mnist(folder, "test"))
+    model = ViT.load(learnt(1) / "ckpt.pt")
+    images, labels = (tensor[:100] for tensor in data.load_mnist(os.environ["MNIST_DIR"], "test"))
     sure = model(data.to_input(images)).softmax(-1)[range(100), 0, 0, labels] > 0.9
     for with_pillow in (False, True):
         pages, right = tmp_path / f"{with_pillow}", 0
@@ -2401,14 +2412,6 @@ def test_a_digit_cut_close_is_the_same_digit(drawn):
             close = as_read(ink, margin * scale, 1 / 2)
             off = [(close.roll(step, (0, 1)) - whole).abs().mean() for step in itertools.product((-1, 0, 1), repeat=2)]
             assert min(off) < 25, (scale, margin)                           # another digit is 31 away
-
-
-def error_of(call, *arguments):
-    """What the ValueError says with which a call ends."""
-    try:
-        return f"no ValueError, but {call(*arguments)}"
-    except ValueError as error:
-        return str(error)
 
 
 def page_of(digits, height, gap=0.5):
@@ -2532,11 +2535,11 @@ def test_pictures_become_canvases_or_are_refused(tmp_path):
         [4, 10, 11, 14], [4, 40, 11, 44], [18, 12, 26, 16], [20, 50, 28, 55]]
     assert sample.ink_of(blank, 20).max() == 0                                      # paper is no ink
     assert sample.find_digits(None, blank) == (None, [], [], "there is no ink in it")
-    assert "no ink was found" in error_of(sample.digits_in_grid, grid, blank)       # but here every cell needs a digit
-    assert "too small for a grid of 2 x 2" in error_of(sample.digits_in_grid, grid, blank[:1])
+    assert "no ink was found" in value_error_of(sample.digits_in_grid, grid, blank)     # here every cell needs a digit
+    assert "too small for a grid of 2 x 2" in value_error_of(sample.digits_in_grid, grid, blank[:1])
     model, blank = ViT(ViTConfig(image_size=64, patch_size=8, cell=8)), torch.zeros(1, 1024, 1032, dtype=torch.uint8)
-    assert "up to 4,096 patches" in error_of(sample.attention_rollout, model, blank[0, :520, :520])
-    assert "a canvas of 1032 x 1024 px has 16,512 patches, at most 16,384" in error_of(sample.logits_of, model, blank)
+    assert "up to 4,096 patches" in value_error_of(sample.attention_rollout, model, blank[0, :520, :520])
+    assert "1032 x 1024 px has 16,512 patches, at most 16,384" in value_error_of(sample.logits_of, model, blank)
     header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (90000, 90000)}\n"
     tracemalloc.start()             # which sees NumPy's memory, where files are unpacked, and not torch's
     for name, content, words in (
@@ -2552,7 +2555,7 @@ def test_pictures_become_canvases_or_are_refused(tmp_path):
             (tmp_path / name).write_bytes(content)
         else:
             np.save(tmp_path / name, content)
-        error = error_of(sample.read_picture, grid, tmp_path / name)
+        error = value_error_of(sample.read_picture, grid, tmp_path / name)
         assert words in error, (name, content[:200], error)
     (tmp_path / "a.pgm").write_bytes(b"P5 3000 3000 255\n" + bytes(9_000_000))
     for digit_height, side in ((None, 1500), (39, 3000), (40, 1500)):
@@ -2562,7 +2565,7 @@ def test_pictures_become_canvases_or_are_refused(tmp_path):
     tracemalloc.stop()
     image = pytest.importorskip("PIL.Image", reason="needs Pillow")
     image.new("1", (20_000, 10_000)).save(tmp_path / "x.png")
-    assert "20,000 x 10,000 px, allowed are 1 to 64,000,000" in error_of(sample.load_picture, tmp_path / "x.png")
+    assert "20,000 x 10,000 px, allowed are 1 to 64,000,000" in value_error_of(sample.load_picture, tmp_path / "x.png")
 
 
 def test_a_damaged_or_strangers_checkpoint_is_refused_in_one_line(finished, tmp_path, capsys):
@@ -2771,12 +2774,9 @@ def test_the_page_in_a_browser(finished, tmp_path, phase, capsys):
 
 
 @needs_mnist
-def test_drawings_on_the_page_are_read(tmp_path, capsys):
-    """By a model that learnt real digits, if for a short time: digits of any size, and those of a picture."""
-    flags = [f"--data_dir={os.environ['MNIST_DIR']}", f"--out_dir={tmp_path}"]
-    train.main([*flags, "--phase=3", "--max_steps=300", "--eval_every=0", "--test_canvases=200"])
-    sample.main([*flags, "--page", "--test_canvases=200"])
-    with opened(tmp_path / "page.html") as (page, complaints):
+def test_drawings_on_the_page_are_read(learnt):
+    sample.main([f"--out_dir={learnt(3)}", "--page", "--test_canvases=200"])
+    with opened(learnt(3) / "page.html") as (page, complaints):
         right = 0
         for digit, height in itertools.product((0, 1, 2, 3, 5, 7), (0.2, 0.6)):
             page.keyboard.press("Delete")
@@ -2799,7 +2799,9 @@ def test_the_page_refuses_what_it_would_compute_wrongly(finished, tmp_path, caps
     again = train.asdict(train.settle(train.parse(shlex.split(command)[2:]), {}))
     other = {name for name, value in settings["settings"].items() if again[name] != value}
     assert other <= {"data", "data_dir", "out_dir", "device", "log_every", "save_every"}
-    (tmp_path / "metrics.jsonl").write_text('{"event": "train", "step": 1, "loss": NaN, "lr": 1}\n')
+    cells = shaken(image_size=8, patch_size=4, cell=4, dim=16, class_token=True)
+    assert "a class token with cells" in value_error_of(sample.model_facts, cells, "float16")
+    (tmp_path / "metrics.jsonl").write_text('{"event": "train", "step": 1, "seconds": 1, "loss": NaN, "lr": 1}\n')
     assert sample.points_of(tmp_path / "metrics.jsonl")["train loss"] == []
-    (tmp_path / "metrics.jsonl").write_text('{"event": "train", "step": {}, "loss": 1, "lr": 1}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"event": "train", "step": {}, "seconds": 1, "loss": 1, "lr": 1}\n')
     assert "is not a metrics file" in value_error_of(sample.points_of, tmp_path / "metrics.jsonl")
