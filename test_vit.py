@@ -928,7 +928,8 @@ def test_weights_that_do_not_fit_say_what_they_are():
     model, head = shaken(class_token=True, num_classes=0), torch.zeros(5, 64)
     for clues, weights in [
             (["blocks.0.ls1.gamma (64,): layer_scale=True", "reg_token (1, 3, 64): registers=3",
-              "pos_embed (1, 16, 64): n * n positions: class_token=False or class_position=False", "head.weight (10, 64): num_classes=10"],
+              "pos_embed (1, 16, 64): n * n positions: class_token=False or class_position=False",
+              "head.weight (10, 64): num_classes=10"],
              state),
             (['module.cls_token (1, 1, 64): of a wrapped model'], {f"module.{name}": state[name] for name in state}),
             (["model (): the state dict is one level down"], {"model": state}),
