@@ -1243,9 +1243,9 @@ code, dd.code { font: 0.875em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas,
 @media (min-width: 52rem) {
   body { padding: 3rem 2rem 5rem; }
   .try { grid-template-columns: minmax(0, 32rem) minmax(0, 1fr); }
-  .pair { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); }
-  section.pair { grid-template-columns: fit-content(60%) minmax(0, 1fr); column-gap: 4rem; }
+  #curves { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); }
 }
+@media (min-width: 70rem) { section.pair { grid-template-columns: fit-content(70%) minmax(0, 1fr); } }
 @media (prefers-reduced-motion: no-preference) { button, .button, .paper { transition: border-color 0.15s; } }
 </style>
 <header>
