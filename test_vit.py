@@ -2484,7 +2484,7 @@ def test_lines_of_text():
 
 
 def test_pictures_as_json(finished, tmp_path, drawn, monkeypatch, capsys):
-    """One object a picture, in px of the file, also of one that is shrunk. A blank page says so."""
+    """One object a picture, in px of the file, also of one that is shrunk. Signs are left out. A blank page says so."""
     out = shutil.copytree(finished(3), tmp_path / "out")
 
     def sevens(model, canvases):            # in the middle of every canvas
@@ -2497,6 +2497,10 @@ def test_pictures_as_json(finished, tmp_path, drawn, monkeypatch, capsys):
     files, truth = [tmp_path / f"{name}.npy" for name in ("small", "large", "blank")], []
     for file, height in zip(files, (40, 560)):
         ink, boxes = page_of(drawn[0][:4], height)
+        left, top = boxes[0][0] + boxes[0][2], 3 * height // 2              # a minus sign, and a decimal point
+        ink[top:top + height // 8, left + height // 6:left + height // 3] = 1
+        left = boxes[1][0] + boxes[1][2]
+        ink[2 * height - height // 8:2 * height, left + height // 6:left + height // 4] = 1
         np.save(file, (230 - 200 * ink).byte().numpy())
         truth.append((height, boxes))
     np.save(files[2], np.full((60, 90), 230, dtype=np.uint8))
