@@ -167,13 +167,12 @@ def measure(truth, best, classes):
         by_count.append((n, len(exact), exact.sum().item(), right.sum().item()))
     return {"names": [str(i) for i in range(classes)] + ["empty"] * (size > classes),
             "confusion": confusion.tolist(),                                # true classes are rows, read ones columns
-            "by_count": by_count,                                           # digits, canvases, all right, digits right
-            "nearby": found_nearby(truth, best, classes) if size > classes else None}
+            "by_count": by_count}                                           # digits, canvases, all right, digits right
 
 
 def figures(truth, best, classes, note=""):
-    """Confusion matrix, precision and recall, accuracy by number of digits, as `measure` finds them: lines of at most
-    80 columns. note: a remark on the digits for the heading."""
+    """What `measure` finds, precision, recall and digits found nearby, in lines of at most 80 columns. note: a remark
+    on the digits for the heading."""
     found = measure(truth, best, classes)
     names, confusion, size = found["names"], found["confusion"], len(found["names"])
     true, read = list(map(sum, confusion)), list(map(sum, zip(*confusion)))
@@ -196,8 +195,8 @@ def figures(truth, best, classes, note=""):
     lines += ["", f"{'digits on a canvas':>18}{'canvases':>10}{'all right':>11}{'digits right':>14}"]
     for n, canvases, exact, right in found["by_count"]:
         lines.append(f"{n:>18}{canvases:>10,}{share(exact, canvases):>11}{share(right, n * canvases):>14}")
-    if (pairs := found["nearby"]) is not None:
-        true, read = sum(true[:classes]), sum(read[:classes])
+    if size > classes:
+        pairs, true, read = found_nearby(truth, best, classes), sum(true[:classes]), sum(read[:classes])
         lines += ["", f"Digits, at most one cell off: recall {share(pairs, true)}, precision {share(pairs, read)}, "
                   f"F1 {share(2 * pairs, true + read)}"]
     return lines
@@ -844,6 +843,8 @@ def curves(folders):
     panels = figure.subplots(len(PANELS), 2, sharex="col", sharey="row")
     for number, folder in enumerate(folders):
         metrics, drawn = metrics_of(Path(folder) / "metrics.jsonl")
+        if not len(metrics["train", "loss"]):
+            raise ValueError(f"{folder}: nothing was logged yet")
         plot_run(panels, folder + " (drawn digits)" * drawn, metrics, f"C{number}")
     for (title, scale), row in zip(PANELS, panels):
         row[0].set_ylabel(title)
@@ -862,7 +863,7 @@ def curves(folders):
 
 def metrics_of(path):
     """The CURVES of a metrics.jsonl, by event and key: float (n, 3), step, seconds and value, NaN where it is null. And
-    whether the digits were drawn by the program. ValueError if it is not a metrics file, or nothing was logged yet."""
+    whether the digits were drawn by the program. ValueError if it is not a metrics file."""
     data.check_regular(path)
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -872,8 +873,6 @@ def metrics_of(path):
         drawn = any("drawn" in line["data"] for line in lines if line["event"] == "eval")
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path} is not a metrics file of train.py: {type(error).__name__}: {error}") from None
-    if not len(metrics["train", "loss"]):
-        raise ValueError(f"{path}: nothing was logged yet")
     return metrics, drawn
 
 
@@ -919,8 +918,7 @@ def run(flags):
     model.to(train.pick_device(flags.device))
     if not flags.image:
         test = read_test_set(flags, checkpoint, model)
-        show = write_page if flags.page else present
-        return show(flags, folder, checkpoint, model, test)
+        return write_page(flags, folder, checkpoint, model, test) if flags.page else present(flags, folder, model, test)
     read_pictures(flags, folder, model)
 
 
@@ -1023,7 +1021,7 @@ def read_test_set(flags, checkpoint, model):
     return TestSet(layout, canvases, truth, logits, best, note)
 
 
-def present(flags, folder, checkpoint, model, test):
+def present(flags, folder, model, test):
     """Print test canvases and figures, and save the PNG files."""
     order = test.worst() if flags.mistakes else range(len(test.canvases))
     if flags.start >= len(order) > 0:
@@ -1106,8 +1104,7 @@ def test_facts(test):
     right = (test.best == test.truth).flatten(1).all(1).nonzero()[:SHOWN - len(worst), 0].tolist()
     shown = worst + right
     findings = [test.findings(i) for i in shown]
-    return {"size": test.layout.size, "classes": test.layout.classes, "empty": test.layout.empty,
-            "apart": test.layout.apart, "note": test.note, "count": len(test.canvases),
+    return {"size": test.layout.size, "empty": test.layout.empty, "apart": test.layout.apart, "note": test.note,
             "limits": {"HEIGHT": HEIGHT, "LOWEST": LOWEST, "UNSURE": UNSURE, "FAINT": FAINT},
             "figures": measure(test.truth, test.best, test.layout.classes),
             "canvases": [{"number": i, "verdict": verdict(found), "findings": found, "ink": encode(test.canvases[i])}
@@ -1123,8 +1120,7 @@ def run_facts(folder, checkpoint, model):
             "training": f"{checkpoint['step']:,} steps of {settings['batch_size']:,} canvases in "
                         f"{checkpoint['train_seconds']:,.0f} s",
             "model": f"{model.config.num_parameters():,} parameters"}
-    return {"run": [(title, str(text)) for title, text in rows.items()], "phase": checkpoint["phase"],
-            "curves": points_of(folder / "metrics.jsonl")}
+    return {"run": [(title, str(text)) for title, text in rows.items()], "curves": points_of(folder / "metrics.jsonl")}
 
 
 def command_of(checkpoint):

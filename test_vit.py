@@ -2652,7 +2652,7 @@ def test_curves(flags, finished, tmp_path, capsys):
 
 
 IN_NODE = """
-const {model: described, ink, size, empty} = JSON.parse(require("fs").readFileSync(0)), model = new ViT(described);
+const {model: described, ink, size, empty} = JOB, model = new ViT(described);
 const canvases = ink.map(text => ({ink: numbers(text, "uint8"), height: size, width: size}));
 console.log(JSON.stringify(canvases.map(canvas => [[...model.forward(canvas)], read(model, canvas, empty),
   [...model.rollout(canvas, 0)]])));
@@ -2677,8 +2677,8 @@ def test_the_page_computes_what_torch_does():
             job = {"model": sample.model_facts(model, dtype), "ink": list(map(sample.encode, canvases)), "size": size,
                    "empty": empty}
             script = re.search("<script>(.*?)</script>", sample.PAGE, re.DOTALL)[1] + IN_NODE
-            ran = subprocess.run(["node", "-"], input=script.replace('require("fs").readFileSync(0)',
-                                 "`" + json.dumps(job) + "`"), capture_output=True, text=True, timeout=60)
+            ran = subprocess.run(["node", "-"], input=script.replace("JOB", json.dumps(job)), capture_output=True,
+                                 text=True, timeout=60)
             assert ran.returncode == 0, ran.stderr
             logits, grid = model(data.to_input(canvases)), size // (model.config.cell or size)
             own = logits.view(3, grid, grid, -1)
@@ -2808,5 +2808,7 @@ def test_the_page_refuses_what_it_would_compute_wrongly(finished, tmp_path, caps
     assert "a class token with cells" in value_error_of(sample.model_facts, cells, "float16")
     (tmp_path / "metrics.jsonl").write_text('{"event": "train", "step": 1, "seconds": 1, "loss": NaN, "lr": 1}\n')
     assert sample.points_of(tmp_path / "metrics.jsonl")["train loss"] == []
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert not any(sample.points_of(tmp_path / "metrics.jsonl").values())       # nothing was logged yet
     (tmp_path / "metrics.jsonl").write_text('{"event": "train", "step": {}, "seconds": 1, "loss": 1, "lr": 1}\n')
     assert "is not a metrics file" in value_error_of(sample.points_of, tmp_path / "metrics.jsonl")
